@@ -1,0 +1,179 @@
+"""What a structured weight is while a function is evaluated: a `Value`, the dense array that is never built.
+
+`Factored` keeps its factors in a form that broadcasts against the weight, the rank last:
+
+    W[i, j, ...] = base[i, j, ...] + scale[i, j, ...] * sum_r a[i, j, ..., r] * b[i, j, ..., r]
+
+where a factor has size one along every axis that it does not depend on. Transposes, reshapes and slices of W are
+then the same operation on base, a and b, and a matmul reads off the shapes which factor to meet first. An axis
+along which both factors are full is a stacked one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.lift.contract import Labels, arrange, contract
+from lorax.weights import Concat, Full, LowRank, inverse_order
+
+RANK = "rank"
+
+
+class Unsupported(Exception):
+    """Raised by a rule that cannot serve an equation; the interpreter turns it into an error with the path."""
+
+
+class Value:
+    """A structured weight inside the walk: an immutable pytree with the shape and dtype of the dense weight."""
+
+    path: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise TypeError(f"{type(self).__name__} defines no shape")
+
+    @property
+    def dtype(self) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no dtype")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dense(self) -> jax.Array:
+        """The dense weight. Only `on_unsupported="materialize"` and a gathered row ask for it."""
+        raise TypeError(f"{type(self).__name__} has no dense form")
+
+
+def abstract(x: Any) -> Any:
+    """What `make_jaxpr` needs to see of an argument: an array as it is, a structured value as its dense shape."""
+    while isinstance(x, Factored):
+        x = x.base
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Value) else x
+
+
+def densify(x: Any) -> Any:
+    """The dense array of a value; anything else as it is."""
+    return x.dense() if isinstance(x, Value) else x
+
+
+@dataclass(frozen=True, eq=False)
+class Factored(Value):
+    """base + scale * a b, each broadcastable against the weight; `a` and `b` have the rank as an extra last axis."""
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    path: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def in_a(self, axis: int) -> bool:
+        """Whether `a` depends on an axis. An axis of size one counts as a's, so that each axis has a home."""
+        return self.a.shape[axis] == self.shape[axis]
+
+    def in_b(self, axis: int) -> bool:
+        return self.b.shape[axis] == self.shape[axis] and self.shape[axis] != 1
+
+    def is_stacked(self, axis: int) -> bool:
+        return self.in_a(axis) and self.in_b(axis)
+
+    def factor(self, which: str, labels: Labels) -> tuple[jax.Array, Labels]:
+        """One factor without its broadcast axes, in the weight's dtype, with the labels that are left."""
+        x, holds = (self.a, self.in_a) if which == "a" else (self.b, self.in_b)
+        gone = tuple(axis for axis in range(self.ndim) if not holds(axis))
+        kept = tuple(label for axis, label in enumerate(labels) if axis not in gone)
+        return jnp.squeeze(x, gone).astype(self.dtype), (*kept, RANK)
+
+    def scaled(self, h: jax.Array, h_labels: Labels, labels: Labels) -> jax.Array:
+        """scale * h, where the scale may differ along the stacked axes that h carries."""
+        gone = tuple(axis for axis in range(self.ndim) if self.scale.shape[axis] == 1)
+        kept = tuple(label for axis, label in enumerate(labels) if axis not in gone)
+        scale = arrange(jnp.squeeze(self.scale, gone), kept, h_labels)
+        return h * scale.astype(h.dtype)
+
+    def delta(self) -> jax.Array:
+        """scale * a b as a dense array that broadcasts against the weight."""
+        labels = tuple(range(self.ndim))
+        a, a_labels = self.factor("a", labels)
+        b, b_labels = self.factor("b", labels)
+        a = self.scaled(a, a_labels, labels)
+        out, out_labels = contract(a, a_labels, b, b_labels, frozenset(labels))
+        return arrange(out, out_labels, labels)
+
+    def dense(self) -> jax.Array:
+        return densify(self.base) + self.delta()
+
+    def each(self, base: Any, function: Any) -> Factored:
+        """A new value from a new base and one function for a, b and scale: `function(array, extra_axes)`."""
+        return replace(
+            self, base=base, a=function(self.a, 1), b=function(self.b, 1), scale=function(self.scale, 0)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces(Value):
+    """A weight cut along axis 0 into parts (arrays or values) that scan and slices can take one by one."""
+
+    parts: tuple[Any, ...]
+    path: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    @property
+    def joints(self) -> list[int]:
+        """The positions along axis 0 where one part ends and the next begins."""
+        ends, total = [], 0
+        for part in self.parts[:-1]:
+            total += part.shape[0]
+            ends.append(total)
+        return ends
+
+    def dense(self) -> jax.Array:
+        return jnp.concatenate([densify(part) for part in self.parts], axis=0)
+
+
+jax.tree_util.register_dataclass(Factored, data_fields=["base", "a", "b", "scale"], meta_fields=["path"])
+jax.tree_util.register_dataclass(Pieces, data_fields=["parts"], meta_fields=["path"])
+
+
+def open_leaf(leaf: Any, path: str) -> Any:
+    """A leaf of an adapted tree as the walk sees it: an array or a `Value`."""
+    if isinstance(leaf, Full):
+        return leaf.value
+    if isinstance(leaf, Concat):
+        return Pieces(tuple(open_leaf(part, path) for part in leaf.parts), path)
+    if isinstance(leaf, LowRank):
+        return _open_low_rank(leaf, path)
+    return leaf
+
+
+def _open_low_rank(leaf: LowRank, path: str) -> Factored:
+    stack, inputs, outputs = leaf.axes.stack, leaf.axes.inputs, leaf.axes.outputs
+    s, i, o = len(stack), len(inputs), len(outputs)
+    a = leaf.A.reshape(*leaf.A.shape[: s + i], *[1] * o, leaf.rank)
+    # B is (stack, rank, out): the rank goes last, the input axes become ones.
+    b = jnp.moveaxis(leaf.B, s, -1).reshape(*leaf.B.shape[:s], *[1] * i, *leaf.B.shape[s + 1 :], leaf.rank)
+    scale = leaf.scale.reshape(*(leaf.scale.shape or [1] * s), *[1] * (i + o))
+    order = inverse_order(leaf.axes.order)
+    if order != tuple(range(s + i + o)):
+        a, b = (jnp.transpose(x, (*order, len(order))) for x in (a, b))
+        scale = jnp.transpose(scale, order)
+    return Factored(open_leaf(leaf.base, path), a, b, scale, path)

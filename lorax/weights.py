@@ -1,0 +1,242 @@
+"""The structured leaves of an adapted tree, and the equation that each keeps.
+
+    LowRank   W = base + scale * sum_r A[..., r] B[r, ...]
+    Full      W = value, and it trains
+    Concat    W = concatenation of the parts along axis 0
+
+A leaf stands where the user's array stood and has its `shape` and `dtype`. Which of its arrays train is a fact of
+the class (`TRAINS`), so `mask`, `split` and `optimizer` need nothing but the tree. All are pytrees: `jit`, `vmap`,
+Optax and Orbax see the arrays inside.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lorax.errors import LoraxError
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The role of each axis of a weight, as a partition of `range(ndim)`.
+
+    stack: axes that hold independent weights (scanned layers, experts); both factors have them, in front.
+    inputs: axes that a matmul contracts; they belong to A.
+    outputs: axes that it leaves; they belong to B.
+
+    Example:
+        >>> Axes(stack=(0,), inputs=(1,), outputs=(2,)).order
+        (0, 1, 2)
+    """
+
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The weight's axes in the order stack, inputs, outputs."""
+        return (*self.stack, *self.inputs, *self.outputs)
+
+    @staticmethod
+    def default(ndim: int) -> Axes:
+        """The last two axes are the matrix, all before them are stacked."""
+        return Axes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
+
+
+class Structured:
+    """Base of the structured leaves: an immutable pytree that knows which of its fields train."""
+
+    TRAINS: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise TypeError(f"{type(self).__name__} defines no shape")
+
+    @property
+    def dtype(self) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no dtype")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def _register(cls: type, data: tuple[str, ...], meta: tuple[str, ...] = ()) -> None:
+    jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(meta))
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Structured):
+    """A weight with a low-rank change beside it: W = base + scale * A B.
+
+    base: the frozen weight, any shape; None in an adapter taken off its base (`extract`).
+    A: `(*stack, *in, rank)`, trains.
+    B: `(*stack, rank, *out)`, trains.
+    scale: float32, shape () or (*stack,): alpha / rank, or alpha / sqrt(rank) for rsLoRA. It does not train.
+    axes: the role of each axis of the base.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+
+    base: Any
+    A: Float[Array, "*stack_in r"]
+    B: Float[Array, "*stack_r_out"]
+    scale: Float[Array, "*stack"]
+    axes: Axes
+
+    TRAINS: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, which the factors alone determine."""
+        s, i = len(self.axes.stack), len(self.axes.inputs)
+        sizes = (*self.A.shape[: s + i], *self.B.shape[s + 1 :])
+        out = [0] * len(sizes)
+        for axis, size in zip(self.axes.order, sizes, strict=True):
+            out[axis] = size
+        return tuple(out)
+
+    @property
+    def dtype(self) -> Any:
+        return self.A.dtype if self.base is None else self.base.dtype
+
+    def __repr__(self) -> str:
+        base = "no base" if self.base is None else f"{jnp.dtype(self.base.dtype).name}"
+        return f"LowRank(shape={self.shape}, rank={self.rank}, base={base})"
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Structured):
+    """A plain weight that trains as it is: W = value. `train_also` and full fine-tuning make these."""
+
+    value: Any
+
+    TRAINS: ClassVar[frozenset[str]] = frozenset({"value"})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def __repr__(self) -> str:
+        return f"Full(shape={self.shape})"
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Structured):
+    """A stacked weight in pieces: W = concatenate(parts, axis=0), each part an array or another leaf.
+
+    The pieces may differ in what trains: frozen lower layers and a trained top is `Concat((frozen, Full(top)))`.
+    `lift` cuts a scan over such a weight at the joints, so the layers below the first trained one drop out of the
+    backward pass.
+    """
+
+    parts: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(part.shape[0] for part in self.parts)
+
+    def __repr__(self) -> str:
+        return f"Concat({', '.join(map(repr_part, self.parts))})"
+
+
+_register(LowRank, ("base", "A", "B", "scale"), ("axes",))
+_register(Full, ("value",))
+_register(Concat, ("parts",))
+
+
+def repr_part(part: Any) -> str:
+    """A part of a Concat in one word or its own repr."""
+    return repr(part) if isinstance(part, Structured) else f"array{tuple(part.shape)}"
+
+
+def is_structured(leaf: Any) -> bool:
+    """Whether a leaf is one of the structured weights. Serves as `is_leaf` for tree functions."""
+    return isinstance(leaf, Structured)
+
+
+def check_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) -> None:
+    """Refuse a rank under 1 or above min(in, out), naming the weight.
+
+    Raises:
+        LoraxError: with the path, the rank and the limit.
+    """
+    limit = min(math.prod(shape[a] for a in axes.inputs), math.prod(shape[a] for a in axes.outputs))
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise LoraxError(f"{path}: rank must be a whole number of at least 1, not {rank!r}")
+    if rank > limit:
+        raise LoraxError(
+            f"{path}: rank {rank} is above min(in, out) = {limit} of its shape {shape}; choose a rank of at most {limit}"
+        )
+
+
+def low_rank_delta(weight: LowRank) -> Float[Array, "*shape"]:
+    """scale * A B as a dense array of the weight's shape, in the factors' dtype.
+
+    This builds what `lift` never builds; it is for `merge` and for tests.
+    """
+    s, i = len(weight.axes.stack), len(weight.axes.inputs)
+    stack, ins = weight.A.shape[:s], weight.A.shape[s : s + i]
+    outs = weight.B.shape[s + 1 :]
+    a = weight.A.reshape(*stack, math.prod(ins), weight.rank)
+    b = weight.B.reshape(*stack, weight.rank, math.prod(outs))
+    # The highest precision: a merged weight is written once and read for ever.
+    ab = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    scale = weight.scale.astype(ab.dtype)
+    ab = ab * scale.reshape(*scale.shape, *([1] * (ab.ndim - scale.ndim)))
+    ab = ab.reshape(*stack, *ins, *outs)
+    return jnp.transpose(ab, inverse_order(weight.axes.order))
+
+
+def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes `order`."""
+    return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def dense(leaf: Any) -> Any:
+    """The plain array that a leaf stands for, in its own dtype. Plain arrays come back as they are."""
+    if isinstance(leaf, LowRank):
+        delta = low_rank_delta(leaf)
+        if leaf.base is None:
+            return delta
+        base = dense(leaf.base)
+        wide = jnp.promote_types(base.dtype, delta.dtype)
+        return (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
+    if isinstance(leaf, Full):
+        return leaf.value
+    if isinstance(leaf, Concat):
+        return jnp.concatenate([dense(part) for part in leaf.parts], axis=0)
+    return leaf
+
+
+def children(leaf: Structured) -> list[tuple[str, Any]]:
+    """The data fields of a structured leaf by name, in order (what trains is asked by name)."""
+    return [(f.name, getattr(leaf, f.name)) for f in fields(leaf) if f.name != "axes"]  # pyright: ignore[reportArgumentType]
+
+
+def with_children(leaf: Any, values: dict[str, Any]) -> Any:
+    """The same kind of leaf with other data fields."""
+    return replace(leaf, **values)
