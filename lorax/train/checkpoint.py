@@ -1,0 +1,237 @@
+"""Checkpoints that survive being killed, filled disks and flipped bits.
+
+A checkpoint is a folder `checkpoints/00000040/`:
+
+    state/         the arrays of `State`, written by Orbax (one flat mapping of path to array)
+    meta.json      step, data position, evaluations so far, and the SHA-256 of every file of `state/`
+
+It is written under a name that no reader looks at, every file is fsynced, and one rename publishes it. So whatever
+moment a process dies at, a folder with a number for a name is complete; and because disks lie, `restore` checks the
+hashes and steps back to the previous checkpoint, saying so, when they do not match.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.errors import LoraxError
+from lorax.train.step import State
+
+
+class Restored(NamedTuple):
+    """A state read back, and what was saved beside it."""
+
+    state: State
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        root: folder that holds them; made on the first save.
+        keep: how many of the newest to keep, at least 1.
+        say: where messages for the user go.
+
+    Example:
+        >>> import tempfile, optax, jax.numpy as jnp
+        >>> from lorax.train.step import init_state
+        >>> state = init_state({"w": jnp.ones(2)}, optax.sgd(0.1), seed=0)
+        >>> store = Checkpoints(Path(tempfile.mkdtemp()))
+        >>> _ = store.save(state, {"note": "hello"})
+        >>> store.restore(state).meta["note"]
+        'hello'
+    """
+
+    def __init__(self, root: Path, *, keep: int = 2, say: Callable[[str], None] = print):
+        self.root, self.keep, self.say = root, keep, say
+
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit() and p.is_dir())
+
+    def latest(self) -> Path | None:
+        """The newest published checkpoint's folder."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def path(self, step: int) -> Path:
+        return self.root / f"{step:08d}"
+
+    def save(self, state: State, meta: dict[str, Any]) -> Path:
+        """Write `state` and `meta` (anything JSON takes), publish, and drop all but the newest `keep`.
+
+        Saving a step that is already there does nothing: it would be the same bytes.
+
+        Raises:
+            LoraxError: the disk is full or a file could not be written; earlier checkpoints are untouched.
+        """
+        final = self.path(int(state.step))
+        if final.exists():
+            return final
+        aside = self.root / f"{final.name}.writing"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            _write(aside, state, meta)
+            os.rename(aside, final)
+            _fsync(self.root)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise self._refused(final, error) from error
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+        return final
+
+    def restore(self, like: State) -> Restored | None:
+        """The newest checkpoint that is whole, in the structure of `like`; None when there is none at all.
+
+        Raises:
+            LoraxError: checkpoints exist and every one of them is damaged, or holds another tree.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            fault = _fault(self.path(step))
+            if fault is None:
+                return _read(self.path(step), like)
+            self.say(f"checkpoint {self.path(step)} is damaged ({fault}): falling back to the one before it")
+        if steps:
+            raise LoraxError(f"{self.root}: every checkpoint is damaged; start again with another --out")
+        return None
+
+    def drop_after(self, step: int) -> None:
+        """Remove checkpoints newer than `step`: they were found damaged and the run will write them again."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later))
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        for old in self.root.glob("*.writing"):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _refused(self, final: Path, error: Exception) -> LoraxError:
+        if not _is_full(error) and not isinstance(error, OSError):
+            raise error
+        why = "no space left on the device" if _is_full(error) else str(error)
+        last = self.latest()
+        kept = f"the previous checkpoint {last} is intact" if last else "there is no earlier checkpoint"
+        return LoraxError(f"could not save {final}: {why}; {kept}; free some space and run again with --resume")
+
+
+def flat(state: State) -> dict[str, Any]:
+    """The arrays of a state by readable path, for instance `trainable/layers/attn/q_proj/kernel/B`."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
+
+
+def _part(key: Any) -> str:
+    for name in ("name", "key", "idx"):
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    return str(key)
+
+
+def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
+    # Orbax takes a second to import; only runs that save should wait for it.
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save((folder / "state").absolute(), flat(state))
+    hashes = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
+    record = {"step": int(state.step), "meta": meta, "sha256": hashes}
+    (folder / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
+    for path in _files(folder):
+        _fsync(path)
+    for directory in {p.parent for p in _files(folder)}:
+        _fsync(directory)
+
+
+def _read(folder: Path, like: State) -> Restored:
+    import orbax.checkpoint as ocp
+
+    wanted = flat(like)
+    with ocp.PyTreeCheckpointer() as reader:
+        found = reader.restore((folder / "state").absolute(), restore_args=_as_numpy(wanted))
+    if set(found) != set(wanted):
+        odd = sorted(set(found) ^ set(wanted))[0]
+        raise LoraxError(f"checkpoint {folder}: {odd} is in only one of the checkpoint and this run")
+    leaves = []
+    for name, leaf in wanted.items():
+        if (found[name].shape, found[name].dtype) != (leaf.shape, leaf.dtype):
+            raise LoraxError(
+                f"checkpoint {folder}: {name} is {found[name].shape} {found[name].dtype}, "
+                f"this run has {leaf.shape} {leaf.dtype}"
+            )
+        # A copy that JAX owns: the step donates it.
+        leaves.append(jax.device_put(jnp.array(found[name]), leaf.sharding))
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Restored(state, json.loads((folder / "meta.json").read_text())["meta"])
+
+
+def _as_numpy(wanted: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    return {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
+    try:
+        record = json.loads((folder / "meta.json").read_text())
+        hashes = record["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"meta.json: {type(error).__name__}"
+    here = {str(p.relative_to(folder)) for p in _files(folder)} - {"meta.json"}
+    if here != set(hashes):
+        return f"{sorted(here ^ set(hashes))[0]} missing or unexpected"
+    for name, digest in hashes.items():
+        if _sha256(folder / name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that the disk (or a size limit) is full.
+
+    TensorStore reports the operating system's words inside its own exception, without an errno.
+    """
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in full:
+            return True
+        if any(os.strerror(code) in str(seen) for code in full):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,117 @@
+"""What a run is: every setting that decides its weights, in one flat record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorax.errors import LoraxError
+
+Method = Literal["lora", "full", "head", "last-k"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a fine-tuning run."""
+
+    base: str = "smollm2-135m"
+    """A directory of Hugging Face safetensors, a .gguf file, hf:org/name, or smollm2-135m."""
+    task: Literal["medical", "legal", "code"] | None = None
+    """A built-in demo task: code -> chapter, licence text -> SPDX id, docstring -> function name."""
+    data: str | None = None
+    """JSONL of your own: chat ("messages") or "prompt"/"completion" rows."""
+    eval_data: str | None = None
+    """Held-out JSONL, in the same format as --data."""
+    method: Method = "lora"
+    """What may change: low-rank factors, every weight, the output head, or the last k blocks."""
+    rank: int = 16
+    """LoRA rank r."""
+    alpha: float = 32.0
+    """LoRA alpha; the change is scaled by alpha/r (lora) or alpha/sqrt(r) (rslora)."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Weights that get factors: globs over paths such as layers/attn/q_proj/kernel, or all-linear."""
+    scaling: Literal["lora", "rslora"] = "lora"
+    """How alpha becomes the scale."""
+    last_k: int = 2
+    """Blocks that train with --method last-k."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    steps: int | None = None
+    """Optimizer steps; by default what --epochs comes to."""
+    epochs: float = 1.0
+    """Passes over the data, when --steps is not given."""
+    batch_size: int = 16
+    """Rows in a micro-batch."""
+    seq_len: int = 512
+    """Longest row in tokens; longer examples are cut or refused by the data reader."""
+    accumulate: int = 1
+    """Micro-batches to an optimizer step; their mean is over tokens, exactly as in one large batch."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    pack: bool = False
+    """Several examples to a row, each with its own attention and positions."""
+    eval_every: int = 0
+    """Evaluate every so many steps too; 0 is before and after only."""
+    eval_items: int = 300
+    """Held-out examples to evaluate on."""
+    save_every: int = 50
+    """Steps between checkpoints; one is always written at the end."""
+    seed: int = 0
+    """Decides the factors, the order of the data and everything else that is drawn."""
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is loaded.
+
+        Raises:
+            LoraxError: names the setting.
+        """
+        if (self.task is None) == (self.data is None):
+            raise LoraxError("give either --task or --data: a built-in task, or a JSONL file of your own")
+        for name in ("data", "eval_data"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise LoraxError(f"{path}: no such file (--{name.replace('_', '-')})")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise LoraxError(f"{name} is {value}: must be at least {least}")
+        for name in ("lr", "alpha", "epochs"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise LoraxError(f"{name} is {getattr(self, name)}: must be above 0")
+        if not self.targets:
+            raise LoraxError('targets is empty: give at least one pattern, for instance "all-linear"')
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON keeps them (tuples become lists)."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+_AT_LEAST = {
+    "rank": 1, "last_k": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "clip": 0,
+    "warmup": 0, "weight_decay": 0, "eval_every": 0, "eval_items": 1, "save_every": 1, "seed": 0,
+}  # fmt: skip
+
+
+def same_run(recorded: dict[str, Any], now: dict[str, Any], place: Path) -> None:
+    """Refuse to resume with other settings than the run began with: the weights would be nobody's.
+
+    Raises:
+        LoraxError: names the first field that differs, and both values.
+    """
+    for name in sorted(set(recorded) | set(now)):
+        if recorded.get(name) != now.get(name):
+            raise LoraxError(
+                f"{place}: the run began with {name}={recorded.get(name)!r} and cannot resume with "
+                f"{now.get(name)!r}; leave that setting alone or start another run with another --out"
+            )
