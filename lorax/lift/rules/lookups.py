@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ def gather(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     _check_whole_rows(weight, numbers, params["slice_sizes"])
     (base,) = interp.bind(eqn, [weight.base, indices])
     out = weight.each(base, lambda x, extra: _gather_factor(weight, x, indices, params, extra))
-    if all(weight.is_stacked(axis) or weight.shape[axis] == 1 for axis in indexed):
+    if all(weight.is_stacked(axis) for axis in indexed):
         return [out]
     return [densify(out.base) + out.delta().astype(out.dtype)]
 
@@ -51,18 +50,16 @@ def _gather_factor(weight: Factored, x: jax.Array, indices: jax.Array, params: A
     indexed = tuple(numbers.start_index_map)
     full = [x.shape[axis] == weight.shape[axis] for axis in indexed]
     out_ndim = len(numbers.offset_dims) + indices.ndim - 1
-    if not any(full) or all(weight.shape[axis] == 1 for axis in indexed) and extra == 0:
+    if not any(full):
         return _without_rows(x, indexed, numbers.offset_dims, out_ndim, extra)
     if not all(full):
         raise Unsupported("the looked-up axes are split between A and B; pass fn and args to adapt")
-    rest = tuple(x.shape[axis] for axis in range(weight.ndim) if axis not in indexed)
     sizes = tuple(1 if axis in indexed else x.shape[axis] for axis in range(x.ndim))
     offsets = tuple(numbers.offset_dims) + ((out_ndim,) if extra else ())
-    assert len(rest) == len(numbers.offset_dims)
     return jax.lax.gather(
         x,
         indices,
-        replace(numbers, offset_dims=offsets) if hasattr(numbers, "__dataclass_fields__") else numbers._replace(offset_dims=offsets),
+        numbers._replace(offset_dims=offsets),
         sizes,
         unique_indices=params["unique_indices"],
         indices_are_sorted=params["indices_are_sorted"],

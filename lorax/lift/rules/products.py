@@ -153,7 +153,7 @@ def convolution(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     # B: a 1x1 kernel, the rank in the place of the input channels.
     in_axis = numbers.rhs_spec[1]
     b = jnp.moveaxis(weight.b * weight.scale[..., None], -1, in_axis)
-    b = jnp.squeeze(b, in_axis + 1 if in_axis < weight.ndim else in_axis).astype(weight.dtype)
+    b = jnp.squeeze(b, in_axis + 1).astype(weight.dtype)
     spatial = len(numbers.rhs_spec) - 2
     y = jax.lax.conv_general_dilated(
         h,

@@ -1,0 +1,136 @@
+"""custom_jvp and custom_vjp around a structured weight: the user's own derivative rule is kept.
+
+The rules are written for a dense weight, so they are traced for one and walked like everything else. What crosses
+between the two worlds is linear and small:
+
+    tangent    (W + s A B)' = W' + (s A)' B + (s A) B'      a Factored of twice the rank
+    cotangent  A <- s dW B^T,  B <- s A^T dW                 from the dense dW that the user's rule gives
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.lift import compat
+from lorax.lift.contract import arrange, contract
+from lorax.lift.interpreter import Interpreter, control
+from lorax.lift.values import RANK, Factored, Unsupported, Value, abstract
+
+
+def _arrays(values: Any) -> list[Any]:
+    if any(isinstance(value, Value) for value in values):
+        raise Unsupported("a function with a custom derivative returns the structured weight itself")
+    return list(values)
+
+
+@control("custom_jvp_call")
+def custom_jvp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
+    """The primal is walked; the user's JVP rule is traced on dense shapes and walked too."""
+    _, jvp = compat.subfuns(eqn)
+
+    @jax.custom_jvp
+    def function(*inner: Any) -> list[Any]:
+        return _arrays(interp.run(eqn.params["call_jaxpr"], inner))
+
+    @function.defjvp
+    def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        moving = [_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
+        shapes = [abstract(x) for x in (*primals, *moving)]
+        outs = _arrays(interp.run(jax.make_jaxpr(jvp)(*shapes), [*primals, *moving]))
+        half = len(outs) // 2
+        return outs[:half], outs[half:]
+
+    return function(*args)
+
+
+def _tangent(primal: Any, tangent: Any) -> Any:
+    """The tangent of a weight as a weight: product rule in the factors, ranks side by side."""
+    if not isinstance(primal, Value):
+        return tangent
+    if not isinstance(primal, Factored):
+        raise Unsupported(f"a {type(primal).__name__} cannot enter a custom_jvp")
+    wide = (1,) * primal.ndim
+    scale, moved = primal.scale[..., None], tangent.scale[..., None]
+    a = primal.a * scale.astype(primal.a.dtype)
+    a_moved = tangent.a * scale.astype(primal.a.dtype) + primal.a * moved.astype(primal.a.dtype)
+    return Factored(
+        base=_tangent(primal.base, tangent.base),
+        a=jnp.concatenate([a_moved, a], axis=-1),
+        b=jnp.concatenate([primal.b, tangent.b], axis=-1),
+        scale=jnp.ones(wide, primal.scale.dtype),
+        path=primal.path,
+    )
+
+
+@control("custom_vjp_call")
+def custom_vjp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
+    """The user's forward and backward rules, walked; a dense dW is passed on to base, A and B."""
+    _, fwd, bwd = compat.subfuns(eqn)
+    n_out = len(eqn.outvars)
+
+    @jax.custom_vjp
+    def function(*inner: Any) -> list[Any]:
+        return _arrays(interp.run(eqn.params["call_jaxpr"], inner))
+
+    def forward(*inner: Any) -> tuple[list[Any], Any]:
+        # The rule takes each operand with a flag that says whether it may be differentiated.
+        def with_flags(*xs: Any) -> Any:
+            return fwd(*(item for x in xs for item in (x, True)))
+
+        outs = interp.run(jax.make_jaxpr(with_flags)(*map(abstract, inner)), inner)
+        residuals, results = outs[: len(outs) - n_out], outs[len(outs) - n_out :]
+        return _arrays(results), (residuals, inner)
+
+    def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:
+        residuals, inner = saved
+
+        def dense_rule(*xs: Any) -> list[Any]:
+            return [_array_of(ct) for ct in bwd(*xs)]
+
+        shapes = [abstract(x) for x in (*residuals, *cotangents)]
+        cts = _arrays(interp.run(jax.make_jaxpr(dense_rule)(*shapes), [*residuals, *cotangents]))
+        return tuple(_cotangent(x, ct) for x, ct in zip(inner, cts, strict=True))
+
+    function.defvjp(forward, backward)
+    return function(*args)
+
+
+def _array_of(ct: Any) -> Any:
+    """JAX marks a cotangent that the rule left out with an object that has only a shape."""
+    if isinstance(ct, jax.Array) or not hasattr(ct, "aval"):
+        return ct
+    return jnp.zeros(ct.aval.shape, ct.aval.dtype)
+
+
+def _cotangent(primal: Any, dw: jax.Array) -> Any:
+    """The cotangent of each array of a weight from the dense dW."""
+    if not isinstance(primal, Value):
+        return dw
+    if not isinstance(primal, Factored):
+        raise Unsupported(f"a {type(primal).__name__} cannot enter a custom_vjp")
+    labels = tuple(range(primal.ndim))
+    a, a_labels = primal.factor("a", labels)
+    b, b_labels = primal.factor("b", labels)
+    by_b, by_b_labels = _through(primal, dw, b, b_labels, labels, a_labels)
+    by_a, by_a_labels = _through(primal, dw, a, a_labels, labels, b_labels)
+    da = arrange(primal.scaled(by_b, by_b_labels, labels), by_b_labels, (*labels, RANK))
+    db = arrange(primal.scaled(by_a, by_a_labels, labels), by_a_labels, (*labels, RANK))
+    return replace(
+        primal,
+        base=_cotangent(primal.base, dw),
+        a=da.reshape(primal.a.shape).astype(primal.a.dtype),
+        b=db.reshape(primal.b.shape).astype(primal.b.dtype),
+        scale=jnp.zeros_like(primal.scale),
+    )
+
+
+def _through(primal: Factored, dw: Any, factor: Any, factor_labels: Any, labels: Any, wanted: Any) -> Any:
+    """Sum dW with one factor over the axes that the other factor does not have."""
+    absent = tuple(axis for axis in labels if axis not in factor_labels and axis not in wanted)
+    dw = jnp.sum(dw, axis=absent) if absent else dw
+    dw_labels = tuple(axis for axis in labels if axis not in absent)
+    return contract(dw, dw_labels, factor, factor_labels, frozenset(wanted))
