@@ -1,0 +1,260 @@
+"""What a decoder of the Llama family is, in numbers: read from and written to Hugging Face's `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorax.errors import LoraxError
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# What a key means when the file leaves it out: the defaults of each family's published configuration class.
+_LENGTHS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary frequencies for contexts longer than the original training.
+
+    factor: how much the slow frequencies are divided by.
+    low_freq_factor, high_freq_factor: original_max_length divided by these are the wavelengths (in tokens) above
+        which a frequency is divided and below which it is kept; in between the two are blended.
+    original_max_length: the context length of the original training, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Hashable, so that compiled functions can be keyed by it.
+
+    family: "llama" (also SmolLM2), "mistral", "qwen2" (also Qwen2.5) or "qwen3".
+    norm_eps: added to the mean square inside RMSNorm.
+    rope_theta: base of the rotary frequencies, theta^(-2i / head_dim).
+    sliding_window: a token sees itself and this many minus one before it; None for all.
+    max_length: the longest context that the model was trained for, in tokens.
+    eos_ids: tokens that end a generation, besides the tokenizer's own.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    max_length: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.family not in ARCHITECTURES:
+            raise LoraxError(
+                f"model config: family {self.family!r} is unknown; choose one of {tuple(ARCHITECTURES)}"
+            )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "max_length"):
+            _positive(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise LoraxError(
+                f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise LoraxError(
+                f"model config: head_dim {self.head_dim} is odd; rotary embedding pairs features"
+            )
+        if self.sliding_window is not None:
+            _positive("sliding_window", self.sliding_window)
+
+    @classmethod
+    def from_hf(cls, config_json: dict[str, Any]) -> ModelConfig:
+        """The config from the contents of a Hugging Face `config.json`.
+
+        Raises:
+            LoraxError: another architecture, a missing or malformed value, or an option outside this decoder.
+
+        Example:
+            >>> ModelConfig.from_hf({"model_type": "llama", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2,
+            ...     "intermediate_size": 12, "num_attention_heads": 2}).head_dim
+            4
+        """
+        return _from_hf(cls, config_json)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `config.json` that Hugging Face transformers reads; `from_hf` is its inverse."""
+        return _to_hf(self)
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LoraxError(f"model config: {name} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise LoraxError(f"config.json: {name} must be a number above 0, not {value!r}")
+    return float(value)
+
+
+def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
+    if not isinstance(c, dict):
+        raise LoraxError("config.json: not a JSON object; point at the directory of a Hugging Face model")
+    family = c.get("model_type")
+    if family not in ARCHITECTURES:
+        raise LoraxError(
+            f"config.json: model_type {family!r} is not served; lorax reads {tuple(ARCHITECTURES)}"
+        )
+    _refuse_unknown(c, family)
+
+    def size(key: str, default: int | None = None) -> int:
+        value = c.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise LoraxError(f"config.json: {key} is missing; the file is not a complete {family} config")
+        return _positive(f"{key} in config.json", value)
+
+    heads = size("num_attention_heads")
+    hidden = size("hidden_size")
+    theta, scaling = _rope(c)
+    return cls(
+        family=family,
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size"),
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=size("num_key_value_heads", _KV_HEADS.get(family, heads)),
+        head_dim=size("head_dim", 128 if family == "qwen3" else max(hidden // heads, 1)),
+        norm_eps=_number("rms_norm_eps", c.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        attention_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=_sliding_window(c, family),
+        max_length=size("max_position_embeddings", _LENGTHS[family]),
+        bos_id=_token("bos_token_id", c.get("bos_token_id")),
+        eos_ids=_tokens("eos_token_id", c.get("eos_token_id")),
+    )
+
+
+def _refuse_unknown(c: dict[str, Any], family: str) -> None:
+    """Options that would change the arithmetic and that this decoder does not have."""
+    served = {"hidden_act": ("silu", "swish"), "mlp_bias": (False, None), "attention_bias": (False, None)}
+    if family == "qwen2":
+        served["attention_bias"] = (True, None)
+    for key, values in served.items():
+        if key in c and c[key] not in values:
+            raise LoraxError(
+                f"config.json: {key} = {c[key]!r} is not served for {family}; only {values[0]!r} is"
+            )
+    if c.get("partial_rotary_factor", 1.0) != 1.0:
+        raise LoraxError("config.json: partial_rotary_factor other than 1 is not served")
+
+
+def _rope(c: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling; newer files keep both in `rope_parameters`, older in two keys."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise LoraxError(f"config.json: the rope parameters must be an object, not {rope!r}")
+    theta = _number("rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise LoraxError(f"config.json: rope scaling {kind!r} is not served; only 'default' and 'llama3' are")
+    low, high = (_number(key, rope.get(key)) for key in ("low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise LoraxError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}")
+    original = _positive("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+    return theta, RopeScaling(_number("factor", rope.get("factor")), low, high, original)
+
+
+def _sliding_window(c: dict[str, Any], family: str) -> int | None:
+    """Mistral's window holds for all layers; Qwen's only if asked for, and then from some layer on."""
+    if family == "llama":
+        return None
+    if family == "mistral":
+        return c.get("sliding_window", 4096)
+    window = c.get("sliding_window", 4096) if c.get("use_sliding_window", False) else None
+    layers, first = c.get("num_hidden_layers", 0), c.get("max_window_layers", 28)
+    if window is None or first >= layers:
+        return None
+    if first > 0:
+        raise LoraxError(
+            f"config.json: a sliding window from layer {first} on is not served; set use_sliding_window to false"
+        )
+    return window
+
+
+def _token(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise LoraxError(f"config.json: {name} must be a token id, not {value!r}")
+    return value
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(token for token in (_token(name, v) for v in values) if token is not None)
+
+
+def _to_hf(config: ModelConfig) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_to_hf(config.rope_scaling),
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_length,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+    }
+    if config.family != "qwen2":
+        out["attention_bias"] = False
+    if config.family != "llama":
+        out["sliding_window"] = config.sliding_window
+    if config.family in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = config.sliding_window is not None
+        out["max_window_layers"] = 0 if config.sliding_window is not None else config.num_layers
+    return out
+
+
+def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_length,
+    }
