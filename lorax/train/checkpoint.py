@@ -5,9 +5,9 @@ A checkpoint is a folder `checkpoints/00000040/`:
     state/         the arrays of `State`, written by Orbax (one flat mapping of path to array)
     meta.json      step, data position, evaluations so far, and the SHA-256 of every file of `state/`
 
-It is written under a name that no reader looks at, every file is fsynced, and one rename publishes it. So whatever
-moment a process dies at, a folder with a number for a name is complete; and because disks lie, `restore` checks the
-hashes and steps back to the previous checkpoint, saying so, when they do not match.
+It is written under a name that no reader looks at, every file is fsynced, and one rename publishes it. So
+whatever moment a process dies at, a folder with a number for a name is complete; and because disks lie,
+`restore` checks the hashes and steps back to the previous checkpoint, saying so, when they do not match.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax.errors import LoraxError
 from lorax.train.step import State
@@ -129,13 +128,20 @@ class Checkpoints:
         why = "no space left on the device" if _is_full(error) else str(error)
         last = self.latest()
         kept = f"the previous checkpoint {last} is intact" if last else "there is no earlier checkpoint"
-        return LoraxError(f"could not save {final}: {why}; {kept}; free some space and run again with --resume")
+        return LoraxError(
+            f"could not save {final}: {why}; {kept}; free some space and run again with --resume"
+        )
 
 
 def flat(state: State) -> dict[str, Any]:
     """The arrays of a state by readable path, for instance `trainable/layers/attn/q_proj/kernel/B`."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as words between slashes."""
+    return "/".join(_part(key) for key in path)
 
 
 def _part(key: Any) -> str:
@@ -152,7 +158,7 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
     with ocp.PyTreeCheckpointer() as writer:
         writer.save((folder / "state").absolute(), flat(state))
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
-    record = {"step": int(state.step), "meta": meta, "sha256": hashes}
+    record = {"step": int(state.step), "meta": meta, "arrays": _shapes(flat(state)), "sha256": hashes}
     (folder / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in _files(folder):
         _fsync(path)
@@ -163,29 +169,25 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
 def _read(folder: Path, like: State) -> Restored:
     import orbax.checkpoint as ocp
 
+    record = json.loads((folder / "meta.json").read_text())
     wanted = flat(like)
+    _same_tree(folder, record["arrays"], _shapes(wanted))
     with ocp.PyTreeCheckpointer() as reader:
-        found = reader.restore((folder / "state").absolute(), restore_args=_as_numpy(wanted))
-    if set(found) != set(wanted):
-        odd = sorted(set(found) ^ set(wanted))[0]
-        raise LoraxError(f"checkpoint {folder}: {odd} is in only one of the checkpoint and this run")
-    leaves = []
-    for name, leaf in wanted.items():
-        if (found[name].shape, found[name].dtype) != (leaf.shape, leaf.dtype):
-            raise LoraxError(
-                f"checkpoint {folder}: {name} is {found[name].shape} {found[name].dtype}, "
-                f"this run has {leaf.shape} {leaf.dtype}"
-            )
-        # A copy that JAX owns: the step donates it.
-        leaves.append(jax.device_put(jnp.array(found[name]), leaf.sharding))
-    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return Restored(state, json.loads((folder / "meta.json").read_text())["meta"])
+        args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        found = reader.restore((folder / "state").absolute(), restore_args=args)
+    state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+    return Restored(state, record["meta"])
 
 
-def _as_numpy(wanted: dict[str, Any]) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
+def _shapes(arrays: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for name, x in arrays.items()}
 
-    return {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+
+def _same_tree(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    for name in sorted(set(saved) | set(wanted)):
+        if saved.get(name) != wanted.get(name):
+            has, wants = saved.get(name, "nothing"), wanted.get(name, "nothing")
+            raise LoraxError(f"checkpoint {folder}: {name} is {has} there, and {wants} in this run")
 
 
 def _fault(folder: Path) -> str | None:

@@ -31,11 +31,11 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
-def make_scorer(model: Any) -> Callable[[PyTree, Batch], tuple[Float[Array, "rows"], ...]]:
+def make_scorer(model: Any) -> Callable[[PyTree, Batch], tuple[Float[Array, " rows"], ...]]:
     """A jitted `(params, batch) -> (loss sum, misses, tokens)` per row, for plain or adapted parameters.
 
-    Greedy decoding writes exactly the completion if and only if every completion token is the argmax under teacher
-    forcing, so a row without misses is an exact match and no decoding is needed.
+    Greedy decoding writes exactly the completion if and only if every completion token is the argmax under
+    teacher forcing, so a row without misses is an exact match and no decoding is needed.
 
     Args:
         model: anything with `.hidden(params, ids, positions, segment_ids)` and `.head(params, rows)`.
@@ -52,13 +52,14 @@ def make_scorer(model: Any) -> Callable[[PyTree, Batch], tuple[Float[Array, "row
 
 
 def evaluate(
-    scorer: Callable[[PyTree, Batch], tuple[Float[Array, "rows"], ...]],
+    scorer: Callable[[PyTree, Batch], tuple[Float[Array, " rows"], ...]],
     params: PyTree,
     batches: Iterable[Batch],
     *,
     tick: Callable[[int], None] = lambda rows: None,
 ) -> Evaluation:
-    """Run `scorer` over batches with one example per row; rows without a completion are padding and are skipped.
+    """Run `scorer` over batches with one example per row; rows without a completion are padding and are
+    skipped.
 
     Args:
         scorer: from `make_scorer`.

@@ -1,9 +1,10 @@
 """Cross-entropy over a large vocabulary, a few rows of logits at a time.
 
-For a completion of n tokens over a vocabulary of V words the logits are `(n, V)`: 200 MB for 1,024 tokens of SmolLM2.
-They are never built. Rows are ordered so that those that count (weight above zero) come first, cut into chunks, and
-each chunk makes its own logits, its own loss and, when the head is frozen, its own gradient. A chunk in which nothing
-counts is skipped at run time: with prompts four times as long as completions, four fifths of the head's work goes away.
+For a completion of n tokens over a vocabulary of V words the logits are `(n, V)`: 200 MB for 1,024 tokens of
+SmolLM2. They are never built. Rows are ordered so that those that count (weight above zero) come first, cut
+into chunks, and each chunk makes its own logits, its own loss and, when the head is frozen, its own gradient.
+A chunk in which nothing counts is skipped at run time: with prompts four times as long as completions, four
+fifths of the head's work goes away.
 
 Everything here is ordinary JAX, so `lorax.lift` sees through it when the head carries an adapter.
 """
@@ -19,13 +20,15 @@ from jaxtyping import Array, Float, Int
 
 Head = Callable[[Float[Array, "rows d"]], Float[Array, "rows vocab"]]
 
-# Rows of logits alive at once. 128 x 49,152 float32 are 25 MB; measured on two CPU cores, larger chunks gain nothing
-# and smaller ones read the head's weights too often.
+# Rows of logits alive at once. 128 x 49,152 float32 are 25 MB; measured on two CPU cores, larger chunks gain
+# nothing and smaller ones read the head's weights too often.
 CHUNK = 128
 
 
 class Scores(NamedTuple):
-    """What one forward pass says about each position: its loss in nats, and whether the target was the argmax."""
+    """What one forward pass says about each position: its loss in nats, and whether the target was the
+    argmax.
+    """
 
     loss: Float[Array, "*batch"]
     hit: Float[Array, "*batch"]
@@ -35,7 +38,7 @@ class _Chunks(NamedTuple):
     rows: Float[Array, "chunks chunk d"]
     targets: Int[Array, "chunks chunk"]
     weights: Float[Array, "chunks chunk"]
-    order: Int[Array, "padded"]
+    order: Int[Array, " padded"]
 
 
 def cross_entropy(
@@ -49,17 +52,17 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of `-weight * log softmax(head(hidden))[target]`, and the sum of the weights.
 
-    The two are returned apart because a mean over accumulated batches is `sum of sums / sum of weights`, not a mean of
-    means.
+    The two are returned apart because a mean over accumulated batches is `sum of sums / sum of weights`, not
+    a mean of means.
 
     Args:
         head: rows of features to rows of logits. It is called on `(chunk, d)`.
         hidden: features after the final norm.
         targets: the token that each position should predict.
         weights: how much a position counts; zero rows cost nothing.
-        head_trains: False says that nothing that `head` closes over is differentiated. The gradient with respect to
-            `hidden` is then made in the forward pass, chunk by chunk, so that the logits are computed once instead of
-            twice. With False, gradients of the head's own weights are lost.
+        head_trains: False says that nothing that `head` closes over is differentiated. The gradient with
+            respect to `hidden` is then made in the forward pass, chunk by chunk, so that the logits are
+            computed once instead of twice. With False, gradients of the head's own weights are lost.
         chunk: rows of logits alive at once.
 
     Returns:
@@ -68,7 +71,8 @@ def cross_entropy(
     Example:
         >>> import jax.numpy as jnp
         >>> w = jnp.eye(3)
-        >>> total, count = cross_entropy(lambda h: h @ w, jnp.zeros((1, 2, 3)), jnp.array([[0, 1]]), jnp.ones((1, 2)))
+        >>> total, count = cross_entropy(lambda h: h @ w, jnp.zeros((1, 2, 3)), jnp.array([[0, 1]]),
+        jnp.ones((1, 2)))
         >>> round(float(total / count), 4)  # log 3
         1.0986
     """
@@ -87,8 +91,9 @@ def score(
 ) -> Scores:
     """Loss and hit of every position whose weight is above zero; zero elsewhere.
 
-    Under teacher forcing a completion is reproduced by greedy decoding exactly when every one of its tokens is a hit:
-    as long as all tokens so far agree, both see the same prefix. So one forward pass gives loss and exact match.
+    Under teacher forcing a completion is reproduced by greedy decoding exactly when every one of its tokens
+    is a hit: as long as all tokens so far agree, both see the same prefix. So one forward pass gives loss and
+    exact match.
 
     Returns:
         `Scores` shaped like `targets`: loss in nats (not multiplied by the weight) and hit (1.0 or 0.0).
@@ -124,8 +129,8 @@ def _sum_with_autodiff(head: Head, chunks: _Chunks) -> Float[Array, ""]:
 def _sum_with_gradient(head: Head, chunks: _Chunks) -> Float[Array, ""]:
     """The same value; d loss / d hidden is computed beside it, from the logits that are there anyway.
 
-    With p = softmax(logits) and e the one-hot target, d loss / d logits = weight * (p - e); the head's transpose
-    carries it back to the rows.
+    With p = softmax(logits) and e the one-hot target, d loss / d logits = weight * (p - e); the head's
+    transpose carries it back to the rows.
     """
 
     def one(rows, labels, w):
@@ -160,7 +165,9 @@ def _chunked(hidden, targets, weights, chunk: int) -> _Chunks:
     order = jnp.concatenate([order, jnp.zeros(pad, order.dtype)])
     counts = jnp.concatenate([w[order[: len(w)]], jnp.zeros(pad, w.dtype)])
     shape = (-1, chunk)
-    return _Chunks(rows[order].reshape(-1, chunk, d), labels[order].reshape(shape), counts.reshape(shape), order)
+    return _Chunks(
+        rows[order].reshape(-1, chunk, d), labels[order].reshape(shape), counts.reshape(shape), order
+    )
 
 
 def _back(values, order, shape):
@@ -172,7 +179,7 @@ def _back(values, order, shape):
     return jnp.zeros(size, flat.dtype).at[order[:size]].set(flat, unique_indices=True).reshape(shape)
 
 
-def _nll(logits: Float[Array, "rows vocab"], labels: Int[Array, "rows"]) -> Float[Array, "rows"]:
+def _nll(logits: Float[Array, "rows vocab"], labels: Int[Array, " rows"]) -> Float[Array, " rows"]:
     """Negative log-likelihood of the labels, by comparison rather than gather: a gather has no fast CPU form."""
     here = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[:, None]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)

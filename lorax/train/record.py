@@ -13,7 +13,17 @@ from typing import Any
 
 from lorax.errors import LoraxError
 
-PACKAGES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
+PACKAGES = (
+    "lorax-flax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "grain",
+    "tokenizers",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -67,8 +77,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class MetricsLog:
     """`metrics.jsonl`: one row per step, each step once, whatever the run lived through.
 
-    Rows are on the disk before the checkpoint of their step is published (`sync`), so a resumed run has every row up
-    to its checkpoint; rows after it belong to steps that will be taken again and are cut off.
+    Rows are on the disk before the checkpoint of their step is published (`sync`), so a resumed run has every
+    row up to its checkpoint; rows after it belong to steps that will be taken again and are cut off.
 
     Args:
         path: the file.

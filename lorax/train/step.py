@@ -21,7 +21,8 @@ class State(NamedTuple):
         step: optimizer steps taken.
         trainable: what trains; `None` where `frozen` has the leaf.
         opt_state: the optimizer's state, for `trainable` alone.
-        receipts: for each trained leaf, the largest |gradient| ever seen; for each of its layers if it is stacked.
+        receipts: for each trained leaf, the largest |gradient| ever seen; for each of its layers if it is
+            stacked.
         rng: raw key data, advanced once a step.
     """
 
@@ -29,7 +30,7 @@ class State(NamedTuple):
     trainable: PyTree
     opt_state: PyTree
     receipts: PyTree
-    rng: UInt32[Array, "words"]
+    rng: UInt32[Array, " words"]
 
 
 class Metrics(NamedTuple):
@@ -41,7 +42,9 @@ class Metrics(NamedTuple):
 
 
 def init_state(trainable: PyTree, tx: optax.GradientTransformation, seed: int) -> State:
-    """The state before the first step. `trainable` is copied: the step donates its buffers, the caller's stay."""
+    """The state before the first step. `trainable` is copied: the step donates its buffers, the caller's
+    stay.
+    """
     own = jax.tree.map(jnp.copy, trainable)
     receipts = jax.tree.map(lambda x: jnp.zeros(x.shape[:1] if x.ndim > 2 else (), jnp.float32), own)
     return State(jnp.int32(0), own, tx.init(own), receipts, jax.random.key_data(jax.random.key(seed)))
@@ -52,17 +55,17 @@ def make_step(
 ) -> Callable[[State, PyTree, Batch], tuple[State, Metrics]]:
     """A jitted training step.
 
-    With micro-batches i of one step, `loss = sum_i S_i / sum_i W_i`, where `loss_fn` returns (S_i, W_i): the mean over
-    the tokens of the whole accumulated batch, so accumulating is the same mathematics as one large batch, whatever the
-    lengths in it. Gradients are taken with respect to `state.trainable` only.
+    With micro-batches i of one step, `loss = sum_i S_i / sum_i W_i`, where `loss_fn` returns (S_i, W_i): the
+    mean over the tokens of the whole accumulated batch, so accumulating is the same mathematics as one large
+    batch, whatever the lengths in it. Gradients are taken with respect to `state.trainable` only.
 
     Args:
         loss_fn: `(trainable, frozen, batch, key) -> (loss sum, weight sum)`.
         tx: the optimizer, already initialised in the state.
 
     Returns:
-        `step(state, frozen, batches) -> (state, metrics)`. `batches` has a leading axis of micro-batches. The buffers
-        of `state` are donated: use the returned one.
+        `step(state, frozen, batches) -> (state, metrics)`. `batches` has a leading axis of micro-batches. The
+        buffers of `state` are donated: use the returned one.
 
     Example:
         >>> import optax, jax.numpy as jnp
@@ -86,7 +89,9 @@ def make_step(
         (loss, weight), grads = _accumulate(grad, state.trainable, frozen, batches, keys)
         per_token = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g * per_token.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        # Optax raises Python floats to integer counts, which strict dtype promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = State(
             state.step + 1,
             optax.apply_updates(state.trainable, updates),
@@ -94,7 +99,7 @@ def make_step(
             jax.tree.map(_largest, state.receipts, grads),
             jax.random.key_data(key),
         )
-        return new, Metrics(loss * per_token, weight, optax.global_norm(grads))
+        return new, Metrics(loss * per_token, weight, optax.tree.norm(grads))
 
     return jax.jit(step, donate_argnums=0)
 

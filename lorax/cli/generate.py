@@ -1,0 +1,78 @@
+"""`lorax generate`: let a model write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorax.cli.output import print_json
+from lorax.cli.source import find, open_model
+from lorax.errors import LoraxError
+
+
+@dataclass(frozen=True)
+class Args:
+    """Continue a prompt with a base model, or with an adapter over it.
+
+    Example: lorax generate --prompt "The capital of France is" --max-tokens 8
+    """
+
+    prompt: str
+    """The text to continue."""
+    base: str | None = None
+    """The base model; by default the one that the adapter was trained on."""
+    adapter: str | None = None
+    """A run's folder or an adapter's."""
+    chat: bool = False
+    """Put the prompt into the model's chat template as a user's message."""
+    max_tokens: int = 64
+    """Longest continuation in tokens."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that has this probability."""
+    seed: int = 0
+    """Decides the draws."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self, words: Sequence[str]) -> None:
+        self._check()
+        from lorax.models.generate import generate
+        from lorax.train.runtime import keep_compiled_programs
+
+        keep_compiled_programs()
+        source = find(self.base, self.adapter)
+        model, params = open_model(source)
+        tokens = model.tokenizer
+        if self.chat:
+            ids = tokens.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
+        else:
+            ids = tokens.encode(self.prompt)
+        if not ids:
+            raise LoraxError("--prompt: is empty; give at least one token of text")
+        (new,) = generate(
+            model,
+            params,
+            [ids],
+            self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        text = tokens.decode(new)
+        if self.json:
+            print_json(
+                {"prompt": self.prompt, "completion": text, "ids": [int(i) for i in new], "base": source.base}
+            )
+        else:
+            print(text if self.chat else self.prompt + text)
+
+    def _check(self) -> None:
+        if self.max_tokens < 1:
+            raise LoraxError(f"--max-tokens {self.max_tokens}: must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise LoraxError(f"--temperature {self.temperature}: must be 0 or above")
+        if not 0 < self.top_p <= 1:
+            raise LoraxError(f"--top-p {self.top_p}: must be above 0 and at most 1")

@@ -1,0 +1,86 @@
+"""`lorax inspect`: what is in this folder or file?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lorax.cli.output import print_json, print_table
+from lorax.cli.source import find, open_model
+
+
+@dataclass(frozen=True)
+class Args:
+    """Say what an adapter changes, or what a base model is made of.
+
+    Example: lorax inspect runs/medical-lora
+    """
+
+    path: tyro.conf.Positional[str]
+    """A run's folder, an adapter's folder, or a base (directory, .gguf file, hf:org/name, smollm2-135m)."""
+    base: str | None = None
+    """The base of an adapter; by default the one that it was trained on."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self, words: Sequence[str]) -> None:
+        import jax
+
+        from lorax import report
+
+        source = find(self.base, self.path) if _is_adapter(Path(self.path)) else find(self.path, None)
+        model, params = open_model(source)
+        about = report(params)
+        weights = [
+            {
+                "path": _name(path),
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "parameters": leaf.size,
+            }
+            for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]
+        ]
+        if self.json:
+            print_json(
+                {
+                    "base": source.base,
+                    "adapter": str(source.adapter) if source.adapter else None,
+                    "config": dataclasses.asdict(model.config),
+                    "parameters": sum(w["parameters"] for w in weights),
+                    "weights": weights,
+                    "report": _plain(about),
+                }
+            )
+            return
+        total = sum(w["parameters"] for w in weights)
+        title = f"{source.base}: {model.config.family}, {total:,} parameters"
+        rows = [
+            (w["path"], "x".join(map(str, w["shape"])), w["dtype"], f"{w['parameters']:,}") for w in weights
+        ]
+        print_table(("weight", "shape", "dtype", "parameters"), rows, title)
+        if source.adapter is not None:
+            print(about)
+
+
+def _is_adapter(path: Path) -> bool:
+    homes = (path / "adapter_config.json", path / "adapter" / "adapter_config.json", path / "run.json")
+    return any(home.is_file() for home in homes)
+
+
+def _name(path: Any) -> str:
+    from lorax.train.checkpoint import path_name
+
+    return path_name(path)
+
+
+def _plain(value: Any) -> Any:
+    return (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else str(value)
+    )

@@ -1,0 +1,31 @@
+"""How commands print: a table for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, indent=1))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A table on standard output; the first column is text, the others are figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def figures(evaluation: Mapping[str, Any]) -> tuple[str, str]:
+    """Accuracy and loss as people read them; a dash for what is not known."""
+    accuracy, loss = evaluation.get("accuracy"), evaluation.get("loss")
+    return ("-" if accuracy is None else f"{100 * accuracy:.1f}%", "-" if loss is None else f"{loss:.3f}")

@@ -1,0 +1,98 @@
+"""`lorax train`: fine-tune a base model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lorax.cli.output import figures, print_json, print_table
+from lorax.errors import LoraxError
+from lorax.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Args:
+    """Fine-tune a base model on a demo task or on your own JSONL, with loss on the completion only.
+
+    Example: lorax train --task medical --steps 40 --batch-size 16 --rank 16 --lr 1e-3
+    """
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    out: str | None = None
+    """The run's folder; runs/<task or data>-<method> by default, numbered when that is taken."""
+    resume: bool = False
+    """Continue the run in --out; settings that are not given are those that it began with."""
+    json: bool = False
+    """Print the report as JSON, and no progress."""
+
+    def run(self, words: Sequence[str]) -> None:
+        from lorax.train.progress import Display
+        from lorax.train.run import run
+        from lorax.train.runtime import keep_compiled_programs
+
+        if self.resume and self.out is None:
+            raise LoraxError("--resume: say which run with --out runs/<name>")
+        config = self._recorded(words) if self.resume else self.config
+        config.check()
+        out = Path(self.out) if self.out else _free_folder(config)
+        keep_compiled_programs()
+        report = run(config, out, resume=self.resume, display=Display(quiet=self.json))
+        print_json(report) if self.json else _show(report, out)
+
+    def _recorded(self, words: Sequence[str]) -> TrainConfig:
+        """This command's settings, with those of the run in `out` where the command line is silent.
+
+        A setting that was given and differs stays, so that `run` can refuse it by name.
+        """
+        record = Path(str(self.out)) / "run.json"
+        if not record.exists():
+            return self.config
+        from lorax.train.record import read_json
+
+        began = config_from(read_json(record).get("config"), record)
+        again = tyro.cli(Args, prog="lorax train", args=list(words), default=Args(config=began))
+        return again.config
+
+
+def config_from(recorded: Any, place: Path) -> TrainConfig:
+    """The settings that a `run.json` holds.
+
+    Raises:
+        LoraxError: they are not settings of this version.
+    """
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    if not isinstance(recorded, dict) or set(recorded) != names:
+        odd = sorted(set(recorded if isinstance(recorded, dict) else ()) ^ names)
+        raise LoraxError(
+            f"{place}: its settings are not those of this version of lorax ({', '.join(odd[:3])})"
+        )
+    return TrainConfig(**{**recorded, "targets": tuple(recorded["targets"])})
+
+
+def _free_folder(config: TrainConfig) -> Path:
+    stem = config.task or Path(str(config.data)).stem
+    name, number = Path("runs") / f"{stem}-{config.method}", 1
+    folder = name
+    while folder.exists():
+        number += 1
+        folder = name.with_name(f"{name.name}-{number}")
+    return folder
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    held_out = report["eval"]
+    rows = [
+        (label, *figures(held_out[key]))
+        for label, key in (("base model", "before"), ("majority class", "majority"), ("fine-tuned", "after"))
+        if held_out.get(key)
+    ]
+    title = f"{report['data']['name']}: {report['data']['eval_items']} held-out examples"
+    print_table(("", "exact match", "loss"), rows, title)
+    adapter, train = report["adapter"], report["train"]
+    print(f"{adapter['parameters']:,} parameters trained at {train['tokens_per_second']:,.0f} tokens/s")
+    print(f"saved in {out}: {Path(adapter['path']).name}/, metrics.jsonl, loss.png, report.json")

@@ -1,0 +1,48 @@
+"""What is minimised, and by what: the supervised loss of a decoder, and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from lorax import join, lift
+from lorax.train.config import TrainConfig
+from lorax.train.loss import cross_entropy
+from lorax.train.schedule import Schedule, learning_rate
+from lorax.train.step import LossFn
+
+
+def language_model_loss(model: Any, *, head_trains: bool) -> LossFn:
+    """The supervised loss of a decoder: `(trainable, frozen, batch, key) -> (sum over completion tokens,
+    their number)`.
+
+    Args:
+        model: anything with `.hidden(params, ids, positions, segment_ids)` and `.head(params, rows)`.
+        head_trains: whether the weights behind `.head` are differentiated (see `cross_entropy`).
+    """
+
+    def forward(params, batch):
+        hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segment_ids"])
+        return cross_entropy(
+            lambda rows: model.head(params, rows),
+            hidden,
+            batch["targets"],
+            batch["weights"],
+            head_trains=head_trains,
+        )
+
+    lifted = lift(forward)
+    return lambda trainable, frozen, batch, key: lifted(join(trainable, frozen), batch)
+
+
+def make_optimizer(config: TrainConfig, steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+    """AdamW behind a clip of the global norm, and its schedule.
+
+    Args:
+        config: `lr`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
+        steps: optimizer steps of the whole run.
+    """
+    rate = learning_rate(config.lr, steps, warmup=config.warmup, shape=config.schedule)
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip > 0 else []
+    return optax.chain(*clip, optax.adamw(rate, weight_decay=config.weight_decay)), rate

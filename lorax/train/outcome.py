@@ -1,0 +1,72 @@
+"""What a finished run writes: the thing that was learned, and the report about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from lorax import merge, save_adapter
+from lorax.train.config import TrainConfig
+from lorax.train.dataset import Dataset
+from lorax.train.receipts import Receipt
+from lorax.train.step import State
+
+
+def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> Path:
+    """Write what was trained: `adapter/` in PEFT's format for LoRA, else `model/`, a Hugging Face directory.
+
+    Returns:
+        The folder written.
+    """
+    if config.method == "lora":
+        save_adapter(out / "adapter", params)
+        return out / "adapter"
+    from lorax.models import save_hf
+
+    save_hf(out / "model", model, merge(params))
+    return out / "model"
+
+
+def build_report(
+    config: TrainConfig,
+    data: Dataset,
+    rows: list[dict[str, Any]],
+    evals: list[dict[str, Any]],
+    receipts: list[Receipt],
+    state: State,
+    saved: Path,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """The report of a run, as `report.json` holds it: JSON values only."""
+    leaves = jax.tree.leaves(state.trainable)
+    return {
+        "eval": {"before": evals[0], "after": evals[-1], "majority": data.majority, "history": evals},
+        "train": training_figures(rows),
+        "adapter": {
+            "method": config.method,
+            "path": str(saved),
+            "parameters": sum(leaf.size for leaf in leaves),
+            "bytes": sum(leaf.nbytes for leaf in leaves),
+            "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+        },
+        "coverage": [receipt.as_json() for receipt in receipts],
+        "data": {"name": data.name, "train_items": data.train_items, "eval_items": len(data.held_out)},
+        "run": record,
+    }
+
+
+def training_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over the steps. The speed leaves out steps that waited for the compiler, unless all did."""
+    warm = [row for row in rows if not row["compiled"]] or rows
+    seconds = sum(row["seconds"] for row in warm)
+    return {
+        "steps": len(rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "completion_tokens": sum(row["completion_tokens"] for row in rows),
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
+        "tokens_per_second": round(sum(row["tokens"] for row in warm) / seconds, 2) if seconds else 0.0,
+        "loss": {"first": rows[0]["loss"], "last": rows[-1]["loss"]} if rows else None,
+    }

@@ -1,0 +1,253 @@
+"""A whole run in a folder: before, train, after, and everything that lets it be resumed, read and repeated.
+
+runs/<name>/
+    run.json         settings, versions, git state, data hash: written first, checked on resume
+    metrics.jsonl    one row per step
+    checkpoints/     the newest two
+    adapter/         what was learned, in PEFT's format (or `model/`, for methods that have no adapter)
+    loss.png  report.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from lorax import join, split
+from lorax.errors import LoraxError
+from lorax.io import atomic
+from lorax.models import load
+from lorax.train import methods
+from lorax.train.checkpoint import Checkpoints
+from lorax.train.config import TrainConfig, same_run
+from lorax.train.dataset import Dataset, prepare
+from lorax.train.evaluate import evaluate, make_scorer
+from lorax.train.interrupt import Asked, Interruptible
+from lorax.train.loop import Diverged, Row, fit
+from lorax.train.objective import language_model_loss, make_optimizer
+from lorax.train.outcome import build_report, save_result
+from lorax.train.plot import plot_loss
+from lorax.train.progress import Display
+from lorax.train.receipts import coverage, unmoved
+from lorax.train.record import MetricsLog, environment, read_json
+from lorax.train.step import State, init_state, make_step
+
+
+def run(
+    config: TrainConfig, out: Path, *, resume: bool = False, display: Display | None = None
+) -> dict[str, Any]:
+    """Fine-tune as `config` says, in the folder `out`.
+
+    Args:
+        config: the settings.
+        out: the run's folder; made if it is not there.
+        resume: continue from the newest whole checkpoint in `out`, to the same bits as if nothing had
+            happened. With nothing there yet the run starts at the beginning.
+        display: where progress goes; none by default.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        LoraxError: bad settings or data, `out` holds a run and `resume` is False, the settings of the run in
+            `out` differ, the loss diverged, a target never moved, or the disk is full.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
+    """
+    config.check()
+    show = display or Display(quiet=True)
+    done = _claim(config, out, resume, show)
+    if done is not None:
+        return done
+    with show, Interruptible(show.say) as stop:
+        return _Run(config, out, show, stop, **_setup(config, out)).go()
+
+
+def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[str, Any] | None:
+    """Check that `out` may be written; the report if that run is finished already."""
+    record = out / "run.json"
+    if not record.exists():
+        if resume:
+            show.say(f"{out}: holds no run yet, starting at the beginning")
+        return None
+    if not resume:
+        raise LoraxError(f"{out}: holds a run already; continue it with --resume or choose another --out")
+    same_run(read_json(record).get("config", {}), config.as_json(), out)
+    report = out / "report.json"
+    if report.exists():
+        show.say(f"{out}: this run is finished; nothing to resume")
+        return read_json(report)
+    return None
+
+
+def _setup(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """Load the base and the data, and write the record; the same data is required of a resumed run."""
+    base = load(config.base, remat=config.remat)
+    data = prepare(config, base.tokenizer)
+    model, params = methods.adapted(base, config)
+    steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
+    about = {"data": data.sha256, "base": _fingerprint(base.params)}
+    record = out / "run.json"
+    if record.exists():
+        before = read_json(record)
+        for what in about:
+            if before.get("sha256", {}).get(what) != about[what]:
+                raise LoraxError(
+                    f"{out}: the {what} is not what the run began with; cannot resume on another {what}"
+                )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(
+            record,
+            {"config": config.as_json(), "steps": steps, "sha256": about, "environment": environment()},
+        )
+    # The model is code from here on: its parameters live in `params`, some of them structured.
+    model = dataclasses.replace(model, params={})
+    return {"model": model, "params": params, "data": data, "steps": steps}
+
+
+def _fingerprint(params: PyTree) -> str:
+    """A hash of a few numbers of every weight: tells one base from another without reading all of it."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024]).tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class _Run:
+    """The moving parts of `run`, so that each phase is a short method."""
+
+    config: TrainConfig
+    out: Path
+    show: Display
+    stop: Interruptible
+    model: Any
+    params: PyTree
+    data: Dataset
+    steps: int
+    evals: list[dict[str, Any]] = field(default_factory=list)
+
+    def go(self) -> dict[str, Any]:
+        state = self._begin()
+        if not self.evals:
+            self._evaluate(0, state.trainable)
+            self._save(state)
+        if self._due(int(state.step)):
+            self._evaluate(int(state.step), state.trainable)
+        state = self._train(state)
+        if self.evals[-1]["step"] != self.steps:
+            self._evaluate(self.steps, state.trainable)
+        return self._finish(state)
+
+    def _begin(self) -> State:
+        """The state to start from: fresh, or the newest whole checkpoint with its data position."""
+        config = self.config
+        trainable, self.frozen = split(self.params)
+        self.optimizer, self.rate = make_optimizer(config, self.steps)
+        state = init_state(trainable, self.optimizer, config.seed)
+        self.params = None  # the state has its own copy of what trains; the first one can go
+        head_trains = methods.head_trains(trainable, self.model.config)
+        self.step = make_step(language_model_loss(self.model, head_trains=head_trains), self.optimizer)
+        self.scorer = make_scorer(self.model)
+        self.stream = self.data.stream()
+        self.checkpoints = Checkpoints(self.out / "checkpoints", say=self.show.say)
+        restored = self.checkpoints.restore(state)
+        if restored is not None:
+            state, meta = restored
+            self.checkpoints.drop_after(int(state.step))
+            self.stream.restore(meta["data"])
+            self.evals = meta["evals"]
+        self.log = MetricsLog(self.out / "metrics.jsonl", upto=int(state.step))
+        return state
+
+    def _train(self, state: State) -> State:
+        self.show.begin("train", self.steps, done=int(state.step))
+        try:
+            return fit(
+                self.step,
+                state,
+                self.frozen,
+                self.stream,
+                steps=self.steps,
+                rate=self.rate,
+                accumulate=self.config.accumulate,
+                after=self._after,
+            )
+        except Diverged as error:
+            last = self.checkpoints.latest()
+            raise Diverged(
+                f"{error}; the last good checkpoint is {last}; "
+                f"try a lower --lr (now {self.config.lr:g}), more --warmup, or look at the data of that step"
+            ) from None
+
+    def _after(self, state: State, row: Row) -> None:
+        """After each step: log it, evaluate and save when due, and leave when asked to."""
+        config = self.config
+        self.log.add(row._asdict())
+        self.show.stepped(row)
+        last = row.step == self.steps
+        if self._due(row.step) and not self.stop.asked:
+            with contextlib.suppress(
+                Asked
+            ):  # leave below, with the step saved; a resumed run evaluates it again
+                self._evaluate(row.step, state.trainable)
+            self.show.begin("train", self.steps, done=row.step)
+        if last or row.step % config.save_every == 0 or self.stop.asked:
+            self._save(state)
+        self.stop.check()
+
+    def _due(self, step: int) -> bool:
+        """Whether an evaluation during the run is to be made after this step."""
+        every = self.config.eval_every
+        return bool(every) and step % every == 0 and self.evals[-1]["step"] < step < self.steps
+
+    def _save(self, state: State) -> None:
+        self.log.sync()
+        self.checkpoints.save(state, {"data": self.stream.state(), "evals": self.evals})
+
+    def _evaluate(self, step: int, trainable: PyTree) -> None:
+        items = self.data.held_out
+        self.show.begin(f"eval @{step}", len(items))
+        began = time.perf_counter()
+        params = join(trainable, self.frozen)
+        found = evaluate(self.scorer, params, self.data.eval_batches(), tick=self._tick)
+        seconds = time.perf_counter() - began
+        self.evals.append({"step": step, **found._asdict(), "seconds": round(seconds, 3)})
+
+    def _tick(self, items: int) -> None:
+        self.show.advance(items)
+        self.stop.check()
+
+    def _finish(self, state: State) -> dict[str, Any]:
+        self.log.close()
+        receipts = coverage(state)
+        saved = save_result(self.out, self.model, join(state.trainable, self.frozen), self.config)
+        plot_loss(
+            self.out / "loss.png", self.log.rows, self.evals, f"{self.config.method} on {self.data.name}"
+        )
+        report = build_report(
+            self.config,
+            self.data,
+            self.log.rows,
+            self.evals,
+            receipts,
+            state,
+            saved,
+            read_json(self.out / "run.json"),
+        )
+        atomic.write_json(self.out / "report.json", report)
+        fault = unmoved(receipts)
+        if fault:
+            raise LoraxError(f"{fault} (the run is saved in {self.out})")
+        return report

@@ -1,0 +1,58 @@
+"""Settings of the process that make XLA on CPU faster. The command line applies them; the library never does.
+
+Two things, both measured on two CPU cores with SmolLM2-135M:
+
+- Compiled programs are kept in the user's cache folder: the second start of the same run skips the compiler.
+- On Linux, glibc is asked for huge pages. A step allocates gigabytes of temporaries that are mapped and
+  unmapped each time; with 4 KiB pages the kernel spends 10 to 20% of the step on page faults. The setting is
+  read when a process starts, so the process replaces itself once, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+TUNABLE = "glibc.malloc.hugetlb=1"
+MARK = "LORAX_RUNTIME"
+
+
+def cache_folder() -> Path:
+    """Where lorax keeps what it can make again: `$XDG_CACHE_HOME/lorax` or `~/.cache/lorax`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lorax"
+
+
+def huge_pages() -> None:
+    """Restart this process with huge pages for malloc, if that can help and has not been done.
+
+    Nothing happens outside Linux with glibc, when the user set GLIBC_TUNABLES, when the kernel has huge pages
+    off, or when the process was not started as a plain script or module.
+    """
+    if os.environ.get(MARK) or "GLIBC_TUNABLES" in os.environ or not _kernel_allows():
+        return
+    if not sys.orig_argv or not sys.executable:
+        return
+    os.environ[MARK] = "1"
+    os.environ["GLIBC_TUNABLES"] = TUNABLE
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def keep_compiled_programs() -> None:
+    """Point JAX at a compilation cache, unless the user chose one."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+
+
+def _kernel_allows() -> bool:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return "[never]" not in modes
