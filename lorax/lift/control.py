@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from lorax.lift import compat
 from lorax.lift.interpreter import Interpreter, control
 from lorax.lift.rules.pieces import cut
-from lorax.lift.values import Factored, Pieces, Unsupported, Value
+from lorax.lift.values import Pieces, Unsupported, Value
 
 
 def _has_value(args: Sequence[Any]) -> bool:
@@ -153,7 +152,8 @@ class _Slot:
         """The operand of one step."""
         rows_left, fixed_left = iter(rows), iter(self.fixed)
         leaves = [next(rows_left if is_row else fixed_left) for is_row in self.scanned]
-        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+        step = jax.tree_util.tree_unflatten(self.treedef, leaves)
+        return step.inside_scan() if isinstance(step, Value) else step
 
 
 @control("shard_map")
@@ -166,7 +166,8 @@ def shard_map(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
         _no_value(outs, "the result of a shard_map")
         return tuple(outs)
 
-    specs = tuple(_specs(arg, spec) for arg, spec in zip(args, params["in_specs"], strict=True))
+    pairs = zip(args, params["in_specs"], strict=True)
+    specs = tuple(arg.specs(spec) if isinstance(arg, Value) else spec for arg, spec in pairs)
     mapped = jax.shard_map(
         body,
         mesh=params["mesh"],
@@ -176,18 +177,3 @@ def shard_map(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
         check_vma=params["check_vma"],
     )
     return list(mapped(*args))
-
-
-def _specs(arg: Any, spec: PartitionSpec) -> Any:
-    if not isinstance(arg, Value):
-        return spec
-    if not isinstance(arg, Factored):
-        raise Unsupported(f"a {type(arg).__name__} cannot enter a shard_map")
-
-    def along(x: Any) -> PartitionSpec:
-        sizes = x.shape[: arg.ndim]
-        return PartitionSpec(
-            *(name if size == full else None for name, size, full in zip(spec, sizes, arg.shape, strict=False))
-        )
-
-    return Factored(_specs(arg.base, spec), along(arg.a), along(arg.b), along(arg.scale), arg.path)  # pyright: ignore[reportArgumentType]

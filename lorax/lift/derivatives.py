@@ -3,7 +3,7 @@
 The rules are written for a dense weight, so they are traced for one and walked like everything else. What crosses
 between the two worlds is linear and small:
 
-    tangent    (W + s A B)' = W' + (s A)' B + (s A) B'      a Factored of twice the rank
+    tangent    (W + s A B)' = (W' + (s A)' B) + (s A) B'    a Factored on a Factored
     cotangent  A <- s dW B^T,  B <- s A^T dW                 from the dense dW that the user's rule gives
 """
 
@@ -48,29 +48,24 @@ def custom_jvp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def _tangent(primal: Any, tangent: Any) -> Any:
-    """The tangent of a weight as a weight: product rule in the factors, ranks side by side."""
+    """The tangent of a weight as a weight: product rule in the factors, one change on top of the other."""
     if not isinstance(primal, Value):
         return tangent
     if not isinstance(primal, Factored):
         raise Unsupported(f"a {type(primal).__name__} cannot enter a custom_jvp")
-    wide = (1,) * primal.ndim
-    scale, moved = primal.scale[..., None], tangent.scale[..., None]
-    a = primal.a * scale.astype(primal.a.dtype)
-    a_moved = tangent.a * scale.astype(primal.a.dtype) + primal.a * moved.astype(primal.a.dtype)
-    return Factored(
-        base=_tangent(primal.base, tangent.base),
-        a=jnp.concatenate([a_moved, a], axis=-1),
-        b=jnp.concatenate([primal.b, tangent.b], axis=-1),
-        scale=jnp.ones(wide, primal.scale.dtype),
-        path=primal.path,
-    )
+    scale = primal.scale[..., None].astype(primal.a.dtype)
+    a_moved = tangent.a * scale + primal.a * tangent.scale[..., None].astype(primal.a.dtype)
+    ones = jnp.ones((1,) * primal.ndim, primal.scale.dtype)
+    # Each of the two products has one moving factor, so that the whole stays linear in the tangents.
+    inner = Factored(_tangent(primal.base, tangent.base), a_moved, primal.b, ones, primal.path)
+    return Factored(inner, primal.a * scale, tangent.b, ones, primal.path)
 
 
 @control("custom_vjp_call")
 def custom_vjp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     """The user's forward and backward rules, walked; a dense dW is passed on to base, A and B."""
     _, fwd, bwd = compat.subfuns(eqn)
-    n_out = len(eqn.outvars)
+    n_out, n_consts = len(eqn.outvars), eqn.params["num_consts"]
 
     @jax.custom_vjp
     def function(*inner: Any) -> list[Any]:
@@ -79,10 +74,13 @@ def custom_vjp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     def forward(*inner: Any) -> tuple[list[Any], Any]:
         # The rule takes each operand with a flag that says whether it may be differentiated.
         def with_flags(*xs: Any) -> Any:
-            return fwd(*(item for x in xs for item in (x, True)))
+            return fwd(*(item for i, x in enumerate(xs) for item in (x, i >= n_consts)))
 
         outs = interp.run(jax.make_jaxpr(with_flags)(*map(abstract, inner)), inner)
-        residuals, results = outs[: len(outs) - n_out], outs[len(outs) - n_out :]
+        kept, results = iter(outs[: len(outs) - n_out]), outs[len(outs) - n_out :]
+        # JAX leaves out of the trace those residuals that are operands passed on.
+        _, _, passed_on = eqn.params["out_trees"]()
+        residuals = [next(kept) if i is None else inner[i] for i in passed_on]
         return _arrays(results), (residuals, inner)
 
     def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lorax.lift.contract import Labels, arrange, contract
 from lorax.weights import Concat, Full, LowRank, inverse_order
@@ -43,6 +44,14 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    def inside_scan(self) -> Value:
+        """The value of one step of a scan, once each of its arrays has lost the scanned axis."""
+        return self
+
+    def specs(self, spec: PartitionSpec) -> Any:
+        """The value with a partition spec in the place of each array, from the dense weight's spec."""
+        raise Unsupported(f"a {type(self).__name__} cannot enter a shard_map")
 
     def dense(self) -> jax.Array:
         """The dense weight. Only `on_unsupported="materialize"` and a gathered row ask for it."""
@@ -114,6 +123,16 @@ class Factored(Value):
 
     def dense(self) -> jax.Array:
         return densify(self.base) + self.delta()
+
+    def specs(self, spec: PartitionSpec) -> Any:
+        """Each factor is split along the mesh axes of the weight's axes that it has, the rank never."""
+
+        def along(x: jax.Array) -> PartitionSpec:
+            pairs = zip(spec, x.shape, self.shape, strict=False)
+            return PartitionSpec(*(name if size == full else None for name, size, full in pairs))
+
+        base = self.base.specs(spec) if isinstance(self.base, Value) else spec
+        return replace(self, base=base, a=along(self.a), b=along(self.b), scale=along(self.scale))
 
     def each(self, base: Any, function: Any) -> Factored:
         """A new value from a new base and one function for a, b and scale: `function(array, extra_axes)`."""
