@@ -1,7 +1,7 @@
 """Grouped-query attention over plain arrays: who may see whom, and the weighted sum.
 
-Each of KV key heads serves a group of G = heads / KV query heads. Keys and values are never repeated: the group is an
-axis of the query.
+Each of KV key heads serves a group of G = heads / KV query heads. Keys and values are never repeated: the
+group is an axis of the query.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def attend(
     Example:
         >>> import jax.numpy as jnp
         >>> v = jnp.arange(2.0).reshape(1, 2, 1, 1)
-        >>> attend(jnp.zeros((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 1)), v, visible(2, None, None)).ravel().tolist()
+        >>> q = k = jnp.zeros((1, 2, 1, 1))
+        >>> attend(q, k, v, visible(2, None, None)).ravel().tolist()
         [0.0, 0.5]
     """
     b, t, h, d = q.shape

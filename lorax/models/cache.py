@@ -1,7 +1,7 @@
 """The keys and values of tokens already read, at a fixed size, so that generation compiles once.
 
-All rows of a batch append to the same slots. What tells the rows apart is `positions`: a padding token takes a slot and
-is marked -1 there, so prompts of different lengths may be padded on either side, or in the middle.
+All rows of a batch append to the same slots. What tells the rows apart is `positions`: a padding token takes
+a slot and is marked -1 there, so prompts of different lengths may be padded on either side, or in the middle.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from lorax.errors import LoraxError
@@ -47,16 +48,16 @@ def reserve(cache: Cache, real: Bool[Array, "b t"]) -> tuple[Cache, Int[Array, "
     """Give the next slots to a chunk of tokens, padding marked by False.
 
     Returns:
-        The cache with the chunk's positions entered (its keys and values come layer by layer), and those positions;
-        a padding token gets the position that the next token will have.
+        The cache with the chunk's positions entered (its keys and values come layer by layer), and those
+        positions; a padding token gets the position that the next token will have.
 
     Raises:
-        LoraxError: the chunk is longer than what is left. Inside `jit` what is left is not known: the caller must make
-            the cache long enough there.
+        LoraxError: the chunk is longer than what is left. Inside `jit` what is left is not known: the caller
+            must make the cache long enough there.
     """
     t, size = real.shape[1], cache.positions.shape[1]
     used = cache.used
-    if t > size or (not isinstance(used, jax.core.Tracer) and int(used) + t > size):
+    if t > size or (not isinstance(used, Tracer) and int(used) + t > size):
         raise LoraxError(f"cache: {t} more tokens do not fit in {size} slots; make it longer with init_cache")
     count = jnp.cumsum(real.astype(jnp.int32), axis=1)
     positions = cache.next[:, None] + count - real.astype(jnp.int32)

@@ -1,4 +1,5 @@
-"""What a decoder of the Llama family is, in numbers: read from and written to Hugging Face's `config.json`."""
+"""What a decoder of the Llama family is, in numbers: read from and written to Hugging Face's
+`config.json`."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class RopeScaling:
     """Llama 3's stretching of the rotary frequencies for contexts longer than the original training.
 
     factor: how much the slow frequencies are divided by.
-    low_freq_factor, high_freq_factor: original_max_length divided by these are the wavelengths (in tokens) above
-        which a frequency is divided and below which it is kept; in between the two are blended.
+    low_freq_factor, high_freq_factor: original_max_length divided by these are the wavelengths (in tokens)
+        above which a frequency is divided and below which it is kept; in between the two are blended.
     original_max_length: the context length of the original training, in tokens.
     """
 
@@ -76,7 +77,8 @@ class ModelConfig:
             _positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise LoraxError(
-                f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}; each key head serves a whole group of query heads"
             )
         if self.head_dim % 2:
             raise LoraxError(
@@ -93,8 +95,8 @@ class ModelConfig:
             LoraxError: another architecture, a missing or malformed value, or an option outside this decoder.
 
         Example:
-            >>> ModelConfig.from_hf({"model_type": "llama", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2,
-            ...     "intermediate_size": 12, "num_attention_heads": 2}).head_dim
+            >>> ModelConfig.from_hf({"model_type": "llama", "vocab_size": 11, "hidden_size": 8,
+            ...     "num_hidden_layers": 2, "intermediate_size": 12, "num_attention_heads": 2}).head_dim
             4
         """
         return _from_hf(cls, config_json)
@@ -202,7 +204,8 @@ def _sliding_window(c: dict[str, Any], family: str) -> int | None:
         return None
     if first > 0:
         raise LoraxError(
-            f"config.json: a sliding window from layer {first} on is not served; set use_sliding_window to false"
+            f"config.json: a sliding window from layer {first} on is not served; "
+            "only use_sliding_window = false or max_window_layers = 0 are"
         )
     return window
 

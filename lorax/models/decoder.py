@@ -5,9 +5,10 @@
                       x += down(silu(gate(norm x)) * up(norm x))
     logits = head(norm x)
 
-All layers have one shape, so their parameters are stacked along a leading axis and `jax.lax.scan` runs over them: one
-layer is compiled, however many there are. Tokens are rows: a batch `(B, T)` is `(B*T, D)` everywhere but inside
-attention, because on CPU the backward pass of a two-dimensional product is much the faster one.
+All layers have one shape, so their parameters are stacked along a leading axis and `jax.lax.scan` runs over
+them: one layer is compiled, however many there are. Tokens are rows: a batch `(B, T)` is `(B*T, D)`
+everywhere but inside attention, because on CPU the backward pass of a two-dimensional product is much the
+faster one.
 """
 
 from __future__ import annotations
@@ -141,8 +142,8 @@ class Decoder(nnx.Module):
     Args:
         config: the shape.
         dtype: of the parameters, and so of the arithmetic outside norms, softmax and rotary embedding.
-        remat: recompute each layer in the backward pass instead of keeping its activations (less memory, a third more
-            work).
+        remat: recompute each layer in the backward pass instead of keeping its activations (less memory, a
+            third more work).
         rngs: where fresh weights are drawn from.
     """
 
@@ -165,9 +166,10 @@ class Decoder(nnx.Module):
 
         Args:
             ids: tokens.
-            positions: of each token in its document; counted from the start of the row (of the segment, if there are
-                segments) by default.
-            segment_ids: the document of each token, 0 for padding. Attention never crosses from one to another.
+            positions: of each token in its document; counted from the start of the row (of the segment, if
+                there are segments) by default.
+            segment_ids: the document of each token, 0 for padding. Attention never crosses from one to
+                another.
         """
         b, t = ids.shape
         if positions is None:
@@ -210,19 +212,19 @@ class Decoder(nnx.Module):
         def layer(carry: Any, xs: Any) -> tuple[Any, None]:
             x, all_k, all_v = carry
             weights, index = xs
-            # The caches are carried, not scanned over: the loop writes the chunk in place instead of copying them.
-            at = (index, *(jnp.zeros_like(index) for _ in range(4)))
-            at = (at[0], at[1], start, *at[3:])
+            # The caches are carried, not scanned over: the loop then writes the chunk in place.
+            at = (index, zero, start, zero, zero)
 
             def attending(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                 ks = jax.lax.dynamic_update_slice(all_k, k[None].astype(all_k.dtype), at)
                 vs = jax.lax.dynamic_update_slice(all_v, v[None].astype(all_v.dtype), at)
-                past = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in (ks, vs))
-                return attend(q, *(c.astype(q.dtype) for c in past), see), (ks, vs)
+                past_k, past_v = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in (ks, vs))
+                return attend(q, past_k.astype(q.dtype), past_v.astype(q.dtype), see), (ks, vs)
 
             x, (all_k, all_v) = nnx.merge(shape, weights)(x, turn, attending)
             return (x, all_k, all_v), None
 
+        zero = jnp.zeros_like(start)
         indices = jnp.arange(self.config.num_layers, dtype=start.dtype)
         x = self.embed(ids.reshape(-1))
         (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (state, indices))

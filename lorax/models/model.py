@@ -19,8 +19,8 @@ from lorax.models.decoder import Decoder
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A decoder and its weights. Every method that takes `params` is a pure function of it: jit, differentiate or
-    `lorax.lift` it, with `model.params` or any tree of the same paths.
+    """A decoder and its weights. Every method that takes `params` is a pure function of it: jit,
+    differentiate or `lorax.lift` it, with `model.params` or any tree of the same paths.
 
     config: the shape.
     params: a plain nested dict of arrays; `Decoder`'s attribute names are the keys.
@@ -88,7 +88,8 @@ class Model:
             params: the weights.
             ids: a whole prompt, a part of one, or one token a row.
             cache: from `init_cache` or the last call.
-            real: False marks padding, on either side or in the middle; nothing sees it and no position counts it.
+            real: False marks padding, on either side or in the middle; nothing sees it and no position counts
+                it.
         """
         hidden, cache = self.extend(params, ids, cache, real)
         return self.head(params, hidden), cache
@@ -139,8 +140,9 @@ def _difference(params: PyTree, config: ModelConfig) -> str:
     tree = abstract_params(config)
     want = {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(tree)}
     missing, extra = sorted(want - have), sorted(have - want)
+    way_out = f"for this {config.family} config; use the weights that belong to it"
     if missing:
-        return f"params: {missing[0]} is missing for this {config.family} config; load the weights that belong to it"
+        return f"params: {missing[0]} is missing {way_out}"
     if extra:
-        return f"params: {extra[0]} has no place in this {config.family} config; load the weights that belong to it"
+        return f"params: {extra[0]} is one weight too many {way_out}"
     return "params: not a plain nested dict of arrays; adapted trees go through lorax.lift"

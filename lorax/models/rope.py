@@ -1,7 +1,7 @@
 """Rotary position embedding: queries and keys turned by an angle that grows with the position.
 
-Feature i and feature i + head_dim / 2 form a pair, turned by `position * f_i` with `f_i = theta^(-2i / head_dim)`, so
-that a product of query and key depends on the distance between them alone.
+Feature i and feature i + head_dim / 2 form a pair, turned by `position * f_i` with `f_i = theta^(-2i /
+head_dim)`, so that a product of query and key depends on the distance between them alone.
 
 Source: Su et al. 2021, "RoFormer"; the scaling is that of Llama 3.1.
 """
