@@ -8,6 +8,7 @@ from typing import Literal
 
 from lorax.cli.output import figures, print_json, print_table
 from lorax.cli.source import find, open_model
+from lorax.errors import LoraxError
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class Args:
     """Print one JSON object."""
 
     def run(self, words: Sequence[str]) -> None:
+        source = find(self.base, self.adapter)
+        if (self.task is None) == (self.data is None):
+            raise LoraxError("give either --task or --data: a built-in task, or a JSONL file of your own")
         from lorax.train.dataset import held_out
-        from lorax.train.evaluate import evaluate, make_scorer
+        from lorax.train.evaluation import evaluate, make_scorer
         from lorax.train.progress import Display
         from lorax.train.runtime import keep_compiled_programs
 
         keep_compiled_programs()
-        source = find(self.base, self.adapter)
         model, params = open_model(source)
         data = held_out(
             model.tokenizer,

@@ -39,11 +39,11 @@ class Args:
 
     def run(self, words: Sequence[str]) -> None:
         self._check()
+        source = find(self.base, self.adapter)
         from lorax.models.generate import generate
         from lorax.train.runtime import keep_compiled_programs
 
         keep_compiled_programs()
-        source = find(self.base, self.adapter)
         model, params = open_model(source)
         tokens = model.tokenizer
         if self.chat:

@@ -31,14 +31,14 @@ class Args:
         out = Path(self.out)
         if out.exists():
             raise LoraxError(f"{out}: exists already; choose another --out")
-        from lorax import merge
-        from lorax.models import save_hf
-
         source = find(self.base, self.adapter)
         if source.adapter is None:
             raise LoraxError(
                 f"{self.adapter}: that run trained whole weights; {source.base} is already one model"
             )
+        from lorax import merge
+        from lorax.models import save_hf
+
         model, params = open_model(source)
         save_hf(out, model, merge(params))
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

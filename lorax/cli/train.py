@@ -31,14 +31,15 @@ class Args:
     """Print the report as JSON, and no progress."""
 
     def run(self, words: Sequence[str]) -> None:
-        from lorax.train.progress import Display
-        from lorax.train.run import run
-        from lorax.train.runtime import keep_compiled_programs
-
         if self.resume and self.out is None:
             raise LoraxError("--resume: say which run with --out runs/<name>")
         config = self._recorded(words) if self.resume else self.config
         config.check()
+        # Heavy imports wait until the settings are known to be good.
+        from lorax.train.progress import Display
+        from lorax.train.runner import run
+        from lorax.train.runtime import keep_compiled_programs
+
         out = Path(self.out) if self.out else _free_folder(config)
         keep_compiled_programs()
         report = run(config, out, resume=self.resume, display=Display(quiet=self.json))

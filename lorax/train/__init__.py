@@ -14,33 +14,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorax.train.checkpoint import Checkpoints
     from lorax.train.config import TrainConfig
-    from lorax.train.evaluate import Evaluation, evaluate, make_scorer
+    from lorax.train.evaluation import Evaluation, evaluate, make_scorer
     from lorax.train.loop import fit
     from lorax.train.loss import cross_entropy, score
     from lorax.train.methods import adapted
     from lorax.train.objective import language_model_loss, make_optimizer
     from lorax.train.receipts import coverage
-    from lorax.train.run import run
+    from lorax.train.runner import run
     from lorax.train.schedule import learning_rate
     from lorax.train.step import State, init_state, make_step
 
 _HOME = {
     "Checkpoints": "checkpoint",
-    "Evaluation": "evaluate",
+    "Evaluation": "evaluation",
     "State": "step",
     "TrainConfig": "config",
     "adapted": "methods",
     "coverage": "receipts",
     "cross_entropy": "loss",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "fit": "loop",
     "init_state": "step",
     "language_model_loss": "objective",
     "learning_rate": "schedule",
     "make_optimizer": "objective",
-    "make_scorer": "evaluate",
+    "make_scorer": "evaluation",
     "make_step": "step",
-    "run": "run",
+    "run": "runner",
     "score": "loss",
 }
 

@@ -180,6 +180,6 @@ def _back(values, order, shape):
 
 
 def _nll(logits: Float[Array, "rows vocab"], labels: Int[Array, " rows"]) -> Float[Array, " rows"]:
-    """Negative log-likelihood of the labels, by comparison rather than gather: a gather has no fast CPU form."""
+    """Negative log-likelihood of the labels, by comparison: a gather is slow on CPU."""
     here = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[:, None]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)

@@ -29,7 +29,7 @@ from lorax.train import methods
 from lorax.train.checkpoint import Checkpoints
 from lorax.train.config import TrainConfig, same_run
 from lorax.train.dataset import Dataset, prepare
-from lorax.train.evaluate import evaluate, make_scorer
+from lorax.train.evaluation import evaluate, make_scorer
 from lorax.train.interrupt import Asked, Interruptible
 from lorax.train.loop import Diverged, Row, fit
 from lorax.train.objective import language_model_loss, make_optimizer

@@ -1,0 +1,117 @@
+"""What every command has in common: help, mistakes, exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lorax import cli
+from lorax.errors import LoraxError
+
+
+def run(*words, **kwargs):
+    command = [sys.executable, "-m", "lorax", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def assert_one_line(done, *parts):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("lorax: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("train", "eval", "generate", "merge", "inspect"))
+    assert cli.main([]) == 0
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_has_help_and_json(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["inspect", "--help"], ["nonsense"]])
+def test_answers_that_need_no_model_load_no_model_code(words):
+    code = (
+        "import sys; from lorax.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'flax', 'orbax', 'matplotlib', 'tokenizers', 'grain', 'lorax.models'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_command_is_one_line():
+    assert_one_line(run("fly"), "no command 'fly'", "train")
+
+
+def test_an_unknown_option_is_exit_2_without_traceback():
+    done = run("train", "--task", "medical", "--lerning-rate", "1")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "lerning-rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train"], ["--task", "--data"]),
+        (["train", "--task", "medical", "--data", "x.jsonl"], ["--task", "--data"]),
+        (["train", "--data", "missing.jsonl"], ["missing.jsonl", "no such file"]),
+        (["train", "--task", "medical", "--rank", "0"], ["rank is 0", "at least 1"]),
+        (["train", "--task", "medical", "--rank", "-3"], ["rank is -3"]),
+        (["train", "--task", "medical", "--lr", "nan"], ["lr is nan"]),
+        (["train", "--task", "medical", "--steps", "0"], ["steps is 0"]),
+        (["train", "--task", "medical", "--resume"], ["--out"]),
+        (["generate", "--prompt", "x", "--top-p", "0"], ["--top-p"]),
+        (["generate", "--prompt", "x", "--max-tokens", "0"], ["--max-tokens"]),
+        (["generate", "--prompt", "x", "--adapter", "nowhere"], ["nowhere", "no such folder"]),
+        (["merge", "--adapter", "nowhere", "--out", "merged"], ["nowhere"]),
+        (["merge", "--adapter", "nowhere", "--out", "."], ["exists already"]),
+        (["eval", "--adapter", "nowhere", "--task", "medical"], ["nowhere"]),
+        (["inspect", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_are_one_line_with_the_way_out(words, parts, tmp_path):
+    done = run(*words, cwd=tmp_path)
+    assert_one_line(done, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_message_of_an_error_is_folded_into_one_line(monkeypatch, capsys):
+    def broken(words):
+        raise LoraxError("first\nsecond")
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "lorax: first second\n"
+
+
+def test_ctrl_c_is_130(monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    assert cli.main(["train"]) == 130
+
+
+def test_a_closed_pipe_is_quiet():
+    # `true` closes its end without reading; help is longer than nothing.
+    done = subprocess.run(
+        f"{sys.executable} -c 'import time; time.sleep(1); from lorax.cli import main; main([\"--help\"])' | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
