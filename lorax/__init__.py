@@ -1,1 +1,36 @@
-"""lorax: fine-tuning, what happens to the weights? The whole public API is re-exported here."""
+"""lorax: fine-tuning, what happens to the weights?
+
+The whole public API is re-exported here; there is no second route. `lorax.models` (base models, needs Flax) and
+`lorax.train` are imported on their own.
+"""
+
+from lorax.adapt import adapt
+from lorax.errors import LoraxError
+from lorax.lift import lift
+from lorax.masks import mask, optimizer
+from lorax.report import report
+from lorax.spec import LoraSpec
+from lorax.tree import attach, extract, join, merge, split, unmerge
+from lorax.weights import Axes, Concat, Full, LowRank
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axes",
+    "Concat",
+    "Full",
+    "LoraSpec",
+    "LoraxError",
+    "LowRank",
+    "adapt",
+    "attach",
+    "extract",
+    "join",
+    "lift",
+    "mask",
+    "merge",
+    "optimizer",
+    "report",
+    "split",
+    "unmerge",
+]

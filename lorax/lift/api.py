@@ -12,7 +12,7 @@ import numpy as np
 from lorax.errors import LoraxError
 from lorax.lift import control, derivatives, rules  # noqa: F401  (registers the rules)
 from lorax.lift.interpreter import Interpreter
-from lorax.lift.values import Value, abstract, open_leaf
+from lorax.lift.values import Value, abstract, densify, open_leaf
 from lorax.paths import path_of
 from lorax.weights import is_structured
 
@@ -54,7 +54,7 @@ def lift(fn: Callable[..., Any], on_unsupported: str = "error") -> Callable[...,
         leaves = [leaf for _, leaf in keyed]
         if not any(map(is_structured, leaves)):
             return fn(*args, **kwargs)
-        traced = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+        traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         values = [open_leaf(leaves[i], _argument_path(keyed[i][0])) for i in traced]
         return evaluate(Interpreter(on_unsupported == "materialize"), fn, treedef, leaves, traced, values)
 
@@ -62,9 +62,18 @@ def lift(fn: Callable[..., Any], on_unsupported: str = "error") -> Callable[...,
 
 
 def evaluate(
-    interp: Interpreter, fn: Callable[..., Any], treedef: Any, leaves: list[Any], traced: list[int], values: list[Any]
+    interp: Interpreter,
+    fn: Callable[..., Any],
+    treedef: Any,
+    leaves: list[Any],
+    traced: list[int],
+    values: list[Any],
+    returns_values: bool = False,
 ) -> Any:
-    """Trace `fn` on the dense shapes of `values`, put at the positions `traced` among the leaves, and walk the trace."""
+    """Trace `fn` on the dense shapes of `values`, put at the positions `traced` among the leaves, and walk the trace.
+
+    returns_values: hand out the dense form of a structured value that `fn` returns, instead of raising.
+    """
     out_tree: Any = None
 
     def flat(*arrays: Any) -> list[Any]:
@@ -78,6 +87,8 @@ def evaluate(
 
     jaxpr = jax.make_jaxpr(flat)(*map(abstract, values))
     outs = interp.run(jaxpr, values)
+    if returns_values:
+        outs = [densify(out) for out in outs]
     for out in outs:
         if isinstance(out, Value):
             raise LoraxError(
@@ -87,10 +98,11 @@ def evaluate(
     return jax.tree_util.tree_unflatten(out_tree, outs)
 
 
-def _is_array(leaf: Any) -> bool:
-    return is_structured(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced. Python scalars and everything else reach the function as they are."""
+    return is_structured(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
 def _argument_path(keys: Any) -> str:
     """The path of a weight inside the argument that it came in: (args | kwargs, which one) are left out."""
-    return path_of(keys[2:]) or path_of(keys[1:])
+    return path_of(keys[2:]) or f"argument {path_of(keys[1:])}"

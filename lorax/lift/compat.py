@@ -28,9 +28,7 @@ def scan_operands(params: dict[str, Any], args: Sequence[Any]) -> tuple[list[Any
 def context(eqn: Any) -> Any:
     """The context an equation was traced in: named scopes, source location, mesh and configuration."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    return _Both(
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager
-    )
+    return _Both(source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager)
 
 
 class _Both:

@@ -144,9 +144,7 @@ class _Slot:
         leaves, self.treedef = jax.tree_util.tree_flatten(x)
         self.scanned = [leaf.shape[0] == length for leaf in leaves]
         self.rows = [leaf for leaf, rows in zip(leaves, self.scanned, strict=True) if rows]
-        self.fixed = [
-            jnp.squeeze(leaf, 0) for leaf, rows in zip(leaves, self.scanned, strict=True) if not rows
-        ]
+        self.fixed = [jnp.squeeze(leaf, 0) for leaf, rows in zip(leaves, self.scanned, strict=True) if not rows]
 
     def rebuild(self, rows: list[Any]) -> Any:
         """The operand of one step."""

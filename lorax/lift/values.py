@@ -136,9 +136,7 @@ class Factored(Value):
 
     def each(self, base: Any, function: Any) -> Factored:
         """A new value from a new base and one function for a, b and scale: `function(array, extra_axes)`."""
-        return replace(
-            self, base=base, a=function(self.a, 1), b=function(self.b, 1), scale=function(self.scale, 0)
-        )
+        return replace(self, base=base, a=function(self.a, 1), b=function(self.b, 1), scale=function(self.scale, 0))
 
 
 @dataclass(frozen=True, eq=False)

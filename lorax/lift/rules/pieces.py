@@ -21,9 +21,7 @@ def cut(weight: Any, start: int, stop: int) -> Any:
         size = weight.shape[0]
         if (start, stop) == (0, size):
             return weight
-        return jax.tree.map(
-            lambda x: jax.lax.slice_in_dim(x, start, stop) if x.shape[0] == size else x, weight
-        )
+        return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop) if x.shape[0] == size else x, weight)
     kept, at = [], 0
     for part in weight.parts:
         low, high = max(start - at, 0), min(stop - at, part.shape[0])
@@ -65,6 +63,15 @@ def _joined(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 for _name in (
     *("dot_general", "ragged_dot_general", "conv_general_dilated", "gather", "transpose", "reshape"),
-    *("broadcast_in_dim", "squeeze", "dynamic_slice", "split", "unstack", "add", "sub", "sharding_constraint"),
+    *(
+        "broadcast_in_dim",
+        "squeeze",
+        "dynamic_slice",
+        "split",
+        "unstack",
+        "add",
+        "sub",
+        "sharding_constraint",
+    ),
 ):
     rule(_name, Pieces)(_joined)

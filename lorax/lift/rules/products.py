@@ -33,9 +33,7 @@ def dot_general(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     weight, x = args[side], args[1 - side]
     summed, batched = eqn.params["dimension_numbers"]
     w_labels, x_labels, out_labels = _dot_labels(weight.ndim, x.ndim, summed, batched, side)
-    delta = low_rank_product(
-        x, x_labels, weight, w_labels, out_labels, eqn.params["precision"], weight_first=side == 0
-    )
+    delta = low_rank_product(x, x_labels, weight, w_labels, out_labels, eqn.params["precision"], weight_first=side == 0)
     return [out + delta.astype(out.dtype)]
 
 
@@ -70,9 +68,7 @@ def low_rank_product(
     h_factor, h_factor_labels = weight.factor(first, w_labels)
     y_factor, y_factor_labels = weight.factor(second, w_labels)
     x, x_labels = _sum_absent(x, x_labels, (*h_factor_labels, *y_factor_labels), keep)
-    h, h_labels = contract(
-        x, x_labels, h_factor, h_factor_labels, keep | {RANK}, precision, _accumulator(x.dtype)
-    )
+    h, h_labels = contract(x, x_labels, h_factor, h_factor_labels, keep | {RANK}, precision, _accumulator(x.dtype))
     h = weight.scaled(h, h_labels, w_labels).astype(weight.dtype)
     if weight_first:
         y, y_labels = contract(y_factor, y_factor_labels, h, h_labels, keep, precision)
@@ -116,9 +112,7 @@ def ragged_dot(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     ((x_sum, w_sum), (x_batch, _)) = numbers.dot_dimension_numbers
     group_axes = tuple(numbers.rhs_group_dimensions)
-    plain = (
-        (tuple(x_sum), tuple(w_sum), group_axes) == ((1,), (1,), (0,)) and not x_batch and weight.ndim == 3
-    )
+    plain = (tuple(x_sum), tuple(w_sum), group_axes) == ((1,), (1,), (0,)) and not x_batch and weight.ndim == 3
     if not plain:
         raise Unsupported("only the form (rows, k) x (groups, k, n) of a ragged dot is served")
     if not (weight.in_a(1) and not weight.in_b(1) and weight.in_b(2)):
@@ -169,7 +163,7 @@ def convolution(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 def _check_kernel(weight: Factored, out_axis: int) -> None:
     others = [axis for axis in range(weight.ndim) if axis != out_axis]
-    if weight.in_a(out_axis) and weight.shape[out_axis] != 1 or any(weight.in_b(axis) for axis in others):
+    if (weight.in_a(out_axis) and weight.shape[out_axis] != 1) or any(weight.in_b(axis) for axis in others):
         raise _contradiction(f"A must have every axis of the kernel {weight.shape} but {out_axis}, B that one")
 
 

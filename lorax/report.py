@@ -1,0 +1,158 @@
+"""`report`: what an adapted tree changes, in counts and bytes, as data and as a table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.tree import named_leaves, pick
+from lorax.weights import Concat, Full, LowRank
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight. Counts are array elements, bytes are of the arrays as they are held."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int | None
+    scale: float | None
+    trainable: int
+    frozen: int
+    trainable_bytes: int
+    frozen_bytes: int
+
+    @property
+    def group(self) -> str:
+        """The weight's kind of place: its path without the last name."""
+        return self.path.rsplit("/", 1)[0]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of all weights, with totals; prints as a table of the weights that train."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def trainable(self) -> int:
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def frozen(self) -> int:
+        return sum(row.frozen for row in self.rows)
+
+    @property
+    def trainable_bytes(self) -> int:
+        return sum(row.trainable_bytes for row in self.rows)
+
+    @property
+    def frozen_bytes(self) -> int:
+        return sum(row.frozen_bytes for row in self.rows)
+
+    @property
+    def matched(self) -> tuple[str, ...]:
+        """The paths of the weights that train."""
+        return tuple(row.path for row in self.rows if row.trainable)
+
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """Group -> (trainable, frozen) counts."""
+        out: dict[str, tuple[int, int]] = {}
+        for row in self.rows:
+            trainable, frozen = out.get(row.group, (0, 0))
+            out[row.group] = (trainable + row.trainable, frozen + row.frozen)
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "trainable": self.trainable,
+            "frozen": self.frozen,
+            "trainable_bytes": self.trainable_bytes,
+            "frozen_bytes": self.frozen_bytes,
+            "weights": [vars(row) for row in self.rows if row.trainable],
+        }
+
+    def __str__(self) -> str:
+        head = ("weight", "kind", "shape", "rank", "scale", "trainable", "frozen")
+        body = [_cells(row) for row in self.rows if row.trainable]
+        table = [head, *body]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        whole = self.trainable + self.frozen
+        share = 100 * self.trainable / whole if whole else 0.0
+        lines.append(
+            f"trains {self.trainable:,} of {whole:,} parameters ({share:.2f}%), "
+            f"{self.trainable_bytes:,} bytes beside {self.frozen_bytes:,} frozen"
+        )
+        return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    rank = "" if row.rank is None else str(row.rank)
+    scale = "" if row.scale is None else f"{row.scale:g}"
+    return (row.path, row.kind, str(row.shape), rank, scale, f"{row.trainable:,}", f"{row.frozen:,}")
+
+
+def report(params: Any) -> Report:
+    """What trains in a tree: matched weights, parameter counts and bytes, per weight and per group.
+
+    Args:
+        params: an adapted tree, concrete or abstract. The scale of a low-rank change counts as neither.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> params = {"kernel": jnp.ones((3, 5)), "bias": jnp.zeros(5)}
+        >>> print(lorax.report(lorax.adapt(jax.random.key(0), params, lorax.LoraSpec(targets="kernel", rank=2))))
+        weight  kind      shape   rank  scale  trainable  frozen
+        kernel  low-rank  (3, 5)  2     16     16         15
+        trains 16 of 36 parameters (44.44%), 64 bytes beside 80 frozen
+    """
+    return Report(tuple(_row(path, leaf) for path, leaf in named_leaves(params)))
+
+
+_KINDS = {LowRank: "low-rank", Full: "full", Concat: "pieces"}
+
+
+def _row(path: str, leaf: Any) -> Row:
+    trains, frozen = _arrays(pick(leaf, True)), _arrays(_without_scale(pick(leaf, False)))
+    low_rank = isinstance(leaf, LowRank)
+    return Row(
+        path=path,
+        kind=_KINDS.get(type(leaf), "frozen"),
+        shape=tuple(leaf.shape),
+        dtype=jnp.dtype(leaf.dtype).name if hasattr(leaf, "dtype") else type(leaf).__name__,
+        rank=leaf.rank if low_rank else None,
+        scale=_scale(leaf) if low_rank else None,
+        trainable=sum(_size(x) for x in trains),
+        frozen=sum(_size(x) for x in frozen),
+        trainable_bytes=sum(_bytes(x) for x in trains),
+        frozen_bytes=sum(_bytes(x) for x in frozen),
+    )
+
+
+def _without_scale(leaf: Any) -> Any:
+    return leaf.base if isinstance(leaf, LowRank) else leaf
+
+
+def _scale(leaf: LowRank) -> float | None:
+    known = isinstance(leaf.scale, jax.Array) and not isinstance(leaf.scale, jax.core.Tracer) and leaf.scale.ndim == 0
+    return float(leaf.scale) if known else None
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+
+
+def _size(x: Any) -> int:
+    return math.prod(x.shape)
+
+
+def _bytes(x: Any) -> int:
+    return _size(x) * jnp.dtype(x.dtype).itemsize

@@ -1,0 +1,298 @@
+"""Adapted trees apart and together again: split and join, extract and attach, merge and unmerge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.choose import choose
+from lorax.errors import LoraxError
+from lorax.paths import Pattern, as_patterns, path_of
+from lorax.weights import (
+    Concat,
+    Full,
+    LowRank,
+    Structured,
+    children,
+    dense,
+    is_structured,
+    low_rank_delta,
+    with_children,
+)
+
+
+def named_leaves(params: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) of every weight, structured ones whole."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_structured)
+    return [(path_of(keys), leaf) for keys, leaf in keyed]
+
+
+def map_named(function: Callable[..., Any], params: Any, *others: Any) -> Any:
+    """Map `function(path, leaf, *other_leaves)` over the weights, structured ones whole."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, *leaves: function(path_of(keys), *leaves), params, *others, is_leaf=is_structured
+    )
+
+
+def pick(leaf: Any, trains: bool, under_training: bool = False) -> Any:
+    """The arrays of a leaf that train (or that do not), None in the place of the others."""
+    if isinstance(leaf, Structured):
+        picked = {
+            name: jax.tree.map(lambda x, name=name: pick(x, trains, name in leaf.TRAINS), value, is_leaf=is_structured)
+            for name, value in children(leaf)
+        }
+        return with_children(leaf, picked)
+    return leaf if under_training == trains else None
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """The tree twice: once with what trains, once with the rest, None where the other has the array.
+
+    Differentiate with respect to the first alone: `jax.grad(lambda t: loss(join(t, frozen)))(trainable)`. On a tree
+    that has None in places (the first half itself), the Nones stay.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> params = {"kernel": jnp.ones((3, 5)), "bias": jnp.zeros(5)}
+        >>> adapted = lorax.adapt(jax.random.key(0), params, lorax.LoraSpec(targets="kernel", rank=2))
+        >>> trainable, frozen = lorax.split(adapted)
+        >>> [x.shape for x in jax.tree.leaves(trainable)]
+        [(3, 2), (2, 5)]
+    """
+    trainable = jax.tree.map(lambda leaf: pick(leaf, True), params, is_leaf=is_structured)
+    frozen = jax.tree.map(lambda leaf: pick(leaf, False), params, is_leaf=is_structured)
+    return trainable, frozen
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `split`.
+
+    Raises:
+        LoraxError: the two are not halves of one tree; names the first place where they differ.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((3, 5))}, lorax.LoraSpec(targets="w", rank=1))
+        >>> lorax.join(*lorax.split(adapted))["w"]
+        LowRank(shape=(3, 5), rank=1, base=float32)
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=_is_none)
+    other, other_treedef = jax.tree_util.tree_flatten(frozen, is_leaf=_is_none)
+    if treedef != other_treedef:
+        raise LoraxError("join: the two trees have different structures; pass the two halves that split returned")
+    leaves = []
+    for (keys, left), right in zip(keyed, other, strict=True):
+        if left is not None and right is not None:
+            raise LoraxError(
+                f"join: {path_of(keys)} has a value on both sides; pass the two halves that split returned"
+            )
+        leaves.append(right if left is None else left)
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def merge(params: Any, audit: bool = False) -> Any:
+    """The plain tree: W + scale A B as one array, in the base's dtype.
+
+    Args:
+        params: an adapted tree.
+        audit: also return, per changed weight, the relative error that rounding to its dtype costs,
+            `||merged - exact||_F / ||exact||_F` with `exact` in float64.
+
+    Returns:
+        The plain tree, or `(tree, {path: error})`.
+
+    Raises:
+        LoraxError: an adapter without its base.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((3, 5))}, lorax.LoraSpec(targets="w", rank=1))
+        >>> lorax.merge(adapted)["w"].shape
+        (3, 5)
+    """
+    errors: dict[str, float] = {}
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, LowRank) and leaf.base is None:
+            raise LoraxError(f"{path}: an adapter without its base cannot be merged; attach it first")
+        merged = dense(leaf)
+        if audit and isinstance(leaf, LowRank):
+            errors[path] = _rounding_error(leaf, merged)
+        return merged
+
+    tree = map_named(one, params)
+    return (tree, errors) if audit else tree
+
+
+def _rounding_error(leaf: LowRank, merged: Any) -> float:
+    exact = np.asarray(dense(leaf.base), np.float64) + _exact_delta(leaf)
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(np.asarray(merged, np.float64) - exact)) / norm if norm else 0.0
+
+
+def _exact_delta(leaf: LowRank) -> np.ndarray:
+    """scale * A B in float64 on the host."""
+    s, i = len(leaf.axes.stack), len(leaf.axes.inputs)
+    a, b = np.asarray(leaf.A, np.float64), np.asarray(leaf.B, np.float64)
+    stack, ins, outs = a.shape[:s], a.shape[s : s + i], b.shape[s + 1 :]
+    ab = a.reshape(*stack, -1, leaf.rank) @ b.reshape(*stack, leaf.rank, -1)
+    scale = np.asarray(leaf.scale, np.float64)
+    ab = ab * scale.reshape(*scale.shape, *([1] * (ab.ndim - scale.ndim)))
+    return np.transpose(ab.reshape(*stack, *ins, *outs), np.argsort(leaf.axes.order))
+
+
+def unmerge(params: Any, adapter: Any) -> Any:
+    """Take an adapter's change out of a merged tree: W - scale A B, equal to the base within its dtype's rounding.
+
+    Args:
+        params: the plain merged tree.
+        adapter: what `extract` returned, or the adapted tree.
+
+    Raises:
+        LoraxError: an adapter for another tree, or one that replaced whole weights (`train_also`): those are gone.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((3, 5))}, lorax.LoraSpec(targets="w", rank=1))
+        >>> bool((lorax.unmerge(lorax.merge(adapted), adapted)["w"] == 1).all())
+        True
+    """
+    changes = dict(named_leaves(adapter))
+    _check_paths(params, changes)
+
+    def one(path: str, leaf: Any) -> Any:
+        change = changes.get(path)
+        if isinstance(change, (Full, Concat)):
+            raise LoraxError(f"{path}: was trained as a whole, so the merged weight does not hold the base; reload it")
+        if not isinstance(change, LowRank):
+            return leaf
+        delta = low_rank_delta(change)
+        wide = jnp.promote_types(leaf.dtype, delta.dtype)
+        return (leaf.astype(wide) - delta.astype(wide)).astype(leaf.dtype)
+
+    return map_named(one, params)
+
+
+def extract(params: Any) -> Any:
+    """The adapter alone: the tree with every base weight left out (None in its place).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((3, 5))}, lorax.LoraSpec(targets="w", rank=1))
+        >>> lorax.extract(adapted)["w"]
+        LowRank(shape=(3, 5), rank=1, base=no base)
+    """
+
+    def without_base(leaf: Any) -> Any:
+        if isinstance(leaf, LowRank):
+            return replace(leaf, base=None)
+        if isinstance(leaf, Concat):
+            return Concat(tuple(without_base(part) for part in leaf.parts))
+        return leaf if isinstance(leaf, Full) else None
+
+    return jax.tree.map(without_base, params, is_leaf=is_structured)
+
+
+def attach(base: Any, adapter: Any) -> Any:
+    """Put an adapter over a base: the inverse of `extract`.
+
+    Args:
+        base: the plain tree.
+        adapter: a tree whose structured leaves stand at paths of the base; other paths are not needed.
+
+    Raises:
+        LoraxError: the adapter does not fit; names the first path that is missing or has another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> base = {"w": jnp.ones((3, 5))}
+        >>> adapted = lorax.adapt(jax.random.key(0), base, lorax.LoraSpec(targets="w", rank=1))
+        >>> lorax.attach(base, lorax.extract(adapted))["w"]
+        LowRank(shape=(3, 5), rank=1, base=float32)
+    """
+    changes = {path: leaf for path, leaf in named_leaves(adapter) if is_structured(leaf)}
+    _check_paths(base, changes)
+    return map_named(lambda path, leaf: _put(path, leaf, changes[path]) if path in changes else leaf, base)
+
+
+def _check_paths(base: Any, changes: dict[str, Any]) -> None:
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(base)}
+    for path, change in changes.items():
+        if not is_structured(change):
+            continue
+        if path not in shapes:
+            raise LoraxError(
+                f"{path}: the adapter changes this weight and the base has none there: it is for another base"
+            )
+        if not isinstance(change, Concat) and tuple(change.shape) != shapes[path]:
+            raise LoraxError(
+                f"{path}: the adapter is for shape {tuple(change.shape)} and the base has {shapes[path]}: "
+                "it is for another base"
+            )
+
+
+def _put(path: str, leaf: Any, change: Any) -> Any:
+    if isinstance(change, LowRank):
+        return replace(change, base=leaf)
+    if isinstance(change, Concat):
+        return _put_pieces(path, leaf, change)
+    return change
+
+
+def _put_pieces(path: str, leaf: Any, change: Concat) -> Concat:
+    """Fill the frozen pieces from the base: one of them may be of unknown length."""
+    known = sum(part.shape[0] for part in change.parts if part is not None)
+    missing = sum(part is None for part in change.parts)
+    if missing > 1 or (missing == 0 and known != leaf.shape[0]) or known > leaf.shape[0]:
+        raise LoraxError(f"{path}: the adapter's pieces do not add up to the base's {leaf.shape[0]} layers")
+    parts, at = [], 0
+    for part in change.parts:
+        size = leaf.shape[0] - known if part is None else part.shape[0]
+        rows = leaf[at : at + size]
+        parts.append(rows if part is None else _put(path, rows, part))
+        at += size
+    return Concat(tuple(parts))
+
+
+def train_last(params: Any, k: int, pattern: Pattern = "layers/*") -> Any:
+    """A tree of which the last `k` layers train: each stacked weight becomes `Concat((frozen, Full(last k)))`.
+
+    Args:
+        params: a plain tree whose weights under `pattern` are stacked over layers along axis 0.
+        k: how many layers train, 1 to the number of layers.
+        pattern: which weights are stacked layers.
+
+    Raises:
+        LoraxError: k outside that range, no weight matches, or the matched weights disagree about the layers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> train_last({"layers": {"kernel": jnp.ones((6, 3, 5))}}, 2)["layers"]["kernel"]
+        Concat(array(4, 3, 5), Full(shape=(2, 3, 5)))
+    """
+    named = named_leaves(params)
+    chosen = set(choose(as_patterns(pattern), named, "pattern"))
+    counts = {leaf.shape[0] if leaf.shape else 0 for path, leaf in named if path in chosen}
+    if len(counts) != 1:
+        raise LoraxError(
+            f"last-k: the weights under {pattern!r} are not stacked over the same layers ({sorted(counts)})"
+        )
+    (layers,) = counts
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layers:
+        raise LoraxError(f"last-k: k must be a whole number from 1 to the {layers} layers, not {k!r}")
+
+    def one(path: str, leaf: Any) -> Any:
+        if path not in chosen:
+            return leaf
+        return Full(leaf) if k == layers else Concat((leaf[: layers - k], Full(leaf[layers - k :])))
+
+    return map_named(one, params)
