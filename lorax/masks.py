@@ -58,12 +58,12 @@ def optimizer(tx: optax.GradientTransformation, params: Any) -> optax.GradientTr
         raise LoraxError("optimizer: nothing in this tree trains; adapt it first, with targets or train_also")
     inner = optax.with_extra_args_support(tx)
 
-    def init(tree: Any) -> Any:
-        return inner.init(split(tree)[0])
+    def init(params: Any) -> Any:
+        return inner.init(split(params)[0])
 
-    def update(updates: Any, state: Any, tree: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         wanted, rest = split(updates)
-        current = None if tree is None else split(tree)[0]
+        current = None if params is None else split(params)[0]
         # Optax mixes Python numbers and integer counts; a session with strict promotion should still run it.
         with jax.numpy_dtype_promotion("standard"):
             moved, state = inner.update(wanted, state, current, **extra)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from lorax.tree import named_leaves, pick
 from lorax.weights import Concat, Full, LowRank
@@ -142,8 +144,9 @@ def _without_scale(leaf: Any) -> Any:
 
 
 def _scale(leaf: LowRank) -> float | None:
-    known = isinstance(leaf.scale, jax.Array) and not isinstance(leaf.scale, jax.core.Tracer) and leaf.scale.ndim == 0
-    return float(leaf.scale) if known else None
+    # A scale per layer, or one that is traced or abstract, is no single number.
+    concrete = isinstance(leaf.scale, (jax.Array, np.ndarray)) and not isinstance(leaf.scale, Tracer)
+    return float(leaf.scale) if concrete and leaf.scale.ndim == 0 else None
 
 
 def _arrays(tree: Any) -> list[Any]:

@@ -189,7 +189,7 @@ def check_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) -> None
         raise LoraxError(f"{path}: rank must be a whole number of at least 1, not {rank!r}")
     if rank > limit:
         raise LoraxError(
-            f"{path}: rank {rank} is above min(in, out) = {limit} of its shape {shape}; choose a rank of at most {limit}"
+            f"{path}: rank {rank} is above min(in, out) = {limit} of its shape {shape}; choose at most {limit}"
         )
 
 

@@ -213,7 +213,7 @@ def _ragged_dot(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 def _convolution(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     if where_structured(args) != 1:
         raise Unsupported("not the kernel")
-    out_axis, *contracted = eqn.params["dimension_numbers"].rhs_spec
+    _, *contracted = eqn.params["dimension_numbers"].rhs_spec
     args[1].product(contracted, ())
     return interp.bind(eqn, [densify(arg) for arg in args])
 
