@@ -69,9 +69,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.family not in ARCHITECTURES:
-            raise LoraxError(
-                f"model config: family {self.family!r} is unknown; choose one of {tuple(ARCHITECTURES)}"
-            )
+            raise LoraxError(f"model config: family {self.family!r} is unknown; choose one of {tuple(ARCHITECTURES)}")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "max_length"):
             _positive(name, getattr(self, name))
@@ -81,9 +79,7 @@ class ModelConfig:
                 f"{self.num_kv_heads}; each key head serves a whole group of query heads"
             )
         if self.head_dim % 2:
-            raise LoraxError(
-                f"model config: head_dim {self.head_dim} is odd; rotary embedding pairs features"
-            )
+            raise LoraxError(f"model config: head_dim {self.head_dim} is odd; rotary embedding pairs features")
         if self.sliding_window is not None:
             _positive("sliding_window", self.sliding_window)
 
@@ -123,9 +119,7 @@ def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
         raise LoraxError("config.json: not a JSON object; point at the directory of a Hugging Face model")
     family = c.get("model_type")
     if family not in ARCHITECTURES:
-        raise LoraxError(
-            f"config.json: model_type {family!r} is not served; lorax reads {tuple(ARCHITECTURES)}"
-        )
+        raise LoraxError(f"config.json: model_type {family!r} is not served; lorax reads {tuple(ARCHITECTURES)}")
     _refuse_unknown(c, family)
 
     def size(key: str, default: int | None = None) -> int:
@@ -167,9 +161,7 @@ def _refuse_unknown(c: dict[str, Any], family: str) -> None:
         served["attention_bias"] = (True, None)
     for key, values in served.items():
         if key in c and c[key] not in values:
-            raise LoraxError(
-                f"config.json: {key} = {c[key]!r} is not served for {family}; only {values[0]!r} is"
-            )
+            raise LoraxError(f"config.json: {key} = {c[key]!r} is not served for {family}; only {values[0]!r} is")
     if c.get("partial_rotary_factor", 1.0) != 1.0:
         raise LoraxError("config.json: partial_rotary_factor other than 1 is not served")
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lorax.models.attention import attend, visible
@@ -31,6 +32,15 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 # The standard deviation of freshly drawn weights, as in the published models.
 INIT_SCALE = 0.02
+
+# The name of what a layer keeps for its backward pass. The rest (norms, softmax, silu, their products) is cheaper to
+# compute again than to write and read: 24 MB a layer instead of 66 for SmolLM2 on 1,024 tokens, and faster.
+KEPT = "kept"
+
+
+def kept(x: Array) -> Array:
+    """Mark an activation that the backward pass keeps."""
+    return checkpoint_name(x, KEPT)
 
 
 class Linear(nnx.Module):
@@ -82,13 +92,12 @@ class Attention(nnx.Module):
         # A turn may have one row for the whole batch; the batch is what is left of the rows.
         t = turn.cos.shape[1]
         q, k, v = (
-            proj(x).reshape(x.shape[0] // t, t, -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).reshape(x.shape[0] // t, t, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
-        out, kept = attending(rotate(q, turn), rotate(k, turn), v)
-        return self.o_proj(out.reshape(x.shape[0], -1)), kept
+        out, extra = attending(kept(rotate(q, turn)), kept(rotate(k, turn)), kept(v))
+        return self.o_proj(kept(out.reshape(x.shape[0], -1))), extra
 
 
 class MLP(nnx.Module):
@@ -101,7 +110,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(f, d, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "rows d"]) -> Float[Array, "rows d"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = kept(self.gate_proj(x)), kept(self.up_proj(x))
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -116,9 +126,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "rows d"], turn: Rotation, attending: Attend
     ) -> tuple[Float[Array, "rows d"], Any]:
-        out, kept = self.attn(self.attn_norm(x), turn, attending)
-        x = x + out
-        return x + self.mlp(self.mlp_norm(x)), kept
+        out, extra = self.attn(self.attn_norm(x), turn, attending)
+        x = kept(x + out)
+        return x + self.mlp(self.mlp_norm(x)), extra
 
 
 class Embed(nnx.Module):
@@ -182,8 +192,8 @@ class Decoder(nnx.Module):
             x, _ = nnx.merge(shape, weights)(x, turn, lambda q, k, v: (attend(q, k, v, see), None))
             return x, None
 
-        layer = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
-        x, _ = jax.lax.scan(layer, self.embed(ids.reshape(-1)), state)
+        policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(KEPT)
+        x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=policy), self.embed(ids.reshape(-1)), state)
         return self.norm(x).reshape(b, t, -1)
 
     def head(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
