@@ -4,8 +4,8 @@ This file decides what every command has in common: how a command is found, how 
 
     0 done    2 bad input or a run that went wrong, one line on standard error    130 Ctrl-C
 
-A traceback means a fault in lorax. Only the module of the chosen command is imported, and none of them imports
-model code before its arguments have been parsed, so `--help` and typing mistakes answer at once.
+A traceback means a fault in lorax. Only the module of the chosen command is imported, and none of them
+imports model code before its arguments have been parsed, so `--help` and typing mistakes answer at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A base model small enough to train in a second: random weights in a Hugging Face directory, bytes for tokens."""
+"""A base model small enough to train in a second: random weights in a Hugging Face directory, bytes for
+tokens."""
 
 import json
 from pathlib import Path

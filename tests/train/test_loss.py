@@ -85,9 +85,7 @@ def test_whole_logits_are_never_built(head_trains):
     hidden, kernel, targets, weights = problem(shape=(4, 16))
 
     def loss(h):
-        return cross_entropy(
-            lambda rows: rows @ kernel, h, targets, weights, head_trains=head_trains, chunk=8
-        )[0]
+        return cross_entropy(lambda rows: rows @ kernel, h, targets, weights, head_trains=head_trains, chunk=8)[0]
 
     text = jax.jit(jax.grad(loss)).lower(hidden).compile().as_text()
     assert f"f32[8,{V}]" in text
