@@ -1,0 +1,132 @@
+"""Medical: the description of a diagnosis -> the chapter of ICD-10-CM that it is in.
+
+The classification has 97,000 codes, three quarters of them injuries and joints told apart by side and
+encounter. Up to four short descriptions of each three-character category are used, so that chapters are
+about as frequent as they have categories, and a category lies on one side of the split: siblings have
+nearly the same words. Chapters are named by a few words of their titles; "Codes for special purposes",
+which has two categories, is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from lorax.data.demos.split import digest, fair_order, held_out, normalise
+from lorax.data.demos.task import DemoTask
+from lorax.data.examples import Record
+from lorax.errors import LoraxError
+
+INSTRUCTION = "Name the ICD-10 chapter."
+
+CHAPTERS = {
+    "1": "infectious diseases",
+    "2": "neoplasms",
+    "3": "blood and immunity",
+    "4": "endocrine and metabolic",
+    "5": "mental disorders",
+    "6": "nervous system",
+    "7": "eye",
+    "8": "ear",
+    "9": "circulatory system",
+    "10": "respiratory system",
+    "11": "digestive system",
+    "12": "skin",
+    "13": "musculoskeletal system",
+    "14": "genitourinary system",
+    "15": "pregnancy and childbirth",
+    "16": "perinatal conditions",
+    "17": "congenital malformations",
+    "18": "symptoms and findings",
+    "19": "injury and poisoning",
+    "20": "external causes",
+    "21": "health services",
+}
+
+_PER_CATEGORY = 4
+_LONGEST = 12  # words
+_HELD_OUT = 0.12
+
+
+def build() -> DemoTask:
+    """The task, read from the package's own data file.
+
+    Raises:
+        LoraxError: simple-icd-10-cm is not installed, or its data file is not where or what it was.
+    """
+    parts: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    for category, chapter, descriptions in _categories(_data_file()):
+        side = held_out(f"medical {category}", _HELD_OUT)
+        parts[side] += [(text, chapter) for text in _chosen(descriptions)]
+    train, heldout = _apart(parts[False], parts[True])
+    return DemoTask(
+        "medical",
+        [_record(*item) for item in train],
+        [_record(*item) for item in heldout],
+        list(CHAPTERS.values()),
+        "the description of a diagnosis -> its chapter of ICD-10-CM (from simple-icd-10-cm)",
+    )
+
+
+def _record(text: str, chapter: str) -> Record:
+    # The instruction takes the system turn: otherwise chat templates put a longer one of their own there.
+    turns = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
+    return Record(turns, chapter)
+
+
+def _chosen(descriptions: list[str]) -> list[str]:
+    """The category's own title and others by hash, none of them long."""
+    short = [text for text in descriptions if len(text.split()) <= _LONGEST]
+    return sorted(short, key=lambda text: digest("medical", text))[:_PER_CATEGORY]
+
+
+def _apart(train: list[tuple[str, str]], heldout: list[tuple[str, str]]):
+    """Drop repeats, texts that stand for two chapters, and held-out texts that training has as well."""
+    chapters: dict[str, set[str]] = {}
+    for text, chapter in train + heldout:
+        chapters.setdefault(normalise(text), set()).add(chapter)
+    seen: set[str] = set()
+
+    def fresh(items):
+        kept = []
+        for text, chapter in items:
+            words = normalise(text)
+            if words not in seen and len(chapters[words]) == 1:
+                seen.add(words)
+                kept.append((text, chapter))
+        return fair_order(kept, key=lambda item: item[0], label=lambda item: item[1])
+
+    return fresh(train), fresh(heldout)
+
+
+def _categories(file: Path) -> list[tuple[str, str, list[str]]]:
+    """(category, chapter, descriptions) of every three-character category, in the order of the book."""
+    try:
+        root = ElementTree.parse(file).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise LoraxError(f"{file}: cannot be read ({error}); reinstall simple-icd-10-cm") from None
+    found = []
+    for chapter in root.iter("chapter"):
+        name = CHAPTERS.get(chapter.findtext("name") or "")
+        if name is None:
+            continue
+        for section in chapter.iter("section"):
+            for category in section.findall("diag"):
+                texts = [diag.findtext("desc") or "" for diag in category.iter("diag")]
+                found.append((category.findtext("name") or "", name, [text for text in texts if text]))
+    if {name for _, name, _ in found} != set(CHAPTERS.values()):
+        raise LoraxError(f"{file}: has not the 21 chapters that the medical task knows; install simple-icd-10-cm 1.5")
+    return found
+
+
+def _data_file() -> Path:
+    """The tabular list, found without importing the package, which would take seconds to index it."""
+    spec = importlib.util.find_spec("simple_icd_10_cm")
+    if spec is None or not spec.submodule_search_locations:
+        raise LoraxError("the medical task needs simple-icd-10-cm: pip install 'lorax-flax[demo]'")
+    for folder in spec.submodule_search_locations:
+        files = sorted(Path(folder, "data").glob("*.xml"))
+        if files:
+            return files[-1]
+    raise LoraxError("simple-icd-10-cm has no data/*.xml that the medical task could read; install version 1.5")
