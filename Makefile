@@ -1,0 +1,61 @@
+# Two commands do all set-up on a fresh machine: `make quickstart` and `make test`.
+# PYTHON picks the interpreter (3.11 or newer); each version gets an environment of its own.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+DEFAULT := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := $(if $(filter $(VERSION),$(DEFAULT)),.venv,.venv-$(VERSION))
+PEERS := .venv-peers
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+# A CPU build from the machine's own pip set-up. Installed before anything that would ask for a larger one.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+.PHONY: quickstart test test-peers lint base clean check-python
+
+quickstart: $(VENV)/.installed
+	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 40 --batch-size 16 \
+		--rank 16 --lr 1e-3 --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+test: lint base
+	$(BIN)/python -m pytest tests --ignore=tests/peers -m "not peers" -n $(WORKERS) --dist loadfile -q
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+base: $(VENV)/.tested
+	$(BIN)/python -m lorax.models.resolve smollm2-135m
+
+# The wider tier: torch, transformers and PEFT beside lorax. It fails, and does not skip, if they are missing.
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -c "import torch, transformers, peft"
+	$(PEERS)/bin/python -m lorax.models.resolve smollm2-135m
+	$(PEERS)/bin/python -m pytest tests/peers -m peers -q
+
+check-python:
+	@test -n "$(VERSION)" || { echo "lorax: '$(PYTHON)' does not run; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorax: $(PYTHON) is $(VERSION), and 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 2; }
+
+$(VENV)/.made: | check-python
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml
+	$(BIN)/python $(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.made pyproject.toml
+	$(BIN)/python $(PIP) -e '.[test]'
+	touch $(VENV)/.installed $@
+
+$(PEERS)/.installed: pyproject.toml | check-python
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) '$(TORCH)'
+	$(PEERS)/bin/python $(PIP) -e '.[test,peers]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
