@@ -55,7 +55,7 @@ class Args:
             seq_len=self.seq_len,
         )
         with Display(quiet=self.json) as show:
-            show.begin("eval", data.items)
+            show.begin("eval", len(data))
             found = evaluate(make_scorer(model), params, data.batches(), tick=show.advance)
         report = {
             "base": source.base,

@@ -63,9 +63,7 @@ class Args:
         )
         text = tokens.decode(new)
         if self.json:
-            print_json(
-                {"prompt": self.prompt, "completion": text, "ids": [int(i) for i in new], "base": source.base}
-            )
+            print_json({"prompt": self.prompt, "completion": text, "ids": [int(i) for i in new], "base": source.base})
         else:
             print(text if self.chat else self.prompt + text)
 

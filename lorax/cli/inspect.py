@@ -59,9 +59,7 @@ class Args:
             return
         total = sum(w["parameters"] for w in weights)
         title = f"{source.base}: {model.config.family}, {total:,} parameters"
-        rows = [
-            (w["path"], "x".join(map(str, w["shape"])), w["dtype"], f"{w['parameters']:,}") for w in weights
-        ]
+        rows = [(w["path"], "x".join(map(str, w["shape"])), w["dtype"], f"{w['parameters']:,}") for w in weights]
         print_table(("weight", "shape", "dtype", "parameters"), rows, title)
         if source.adapter is not None:
             print(about)
@@ -79,8 +77,4 @@ def _name(path: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else str(value)
-    )
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)

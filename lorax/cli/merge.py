@@ -33,9 +33,7 @@ class Args:
             raise LoraxError(f"{out}: exists already; choose another --out")
         source = find(self.base, self.adapter)
         if source.adapter is None:
-            raise LoraxError(
-                f"{self.adapter}: that run trained whole weights; {source.base} is already one model"
-            )
+            raise LoraxError(f"{self.adapter}: that run trained whole weights; {source.base} is already one model")
         from lorax import merge
         from lorax.models import save_hf
 

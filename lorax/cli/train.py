@@ -69,9 +69,7 @@ def config_from(recorded: Any, place: Path) -> TrainConfig:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     if not isinstance(recorded, dict) or set(recorded) != names:
         odd = sorted(set(recorded if isinstance(recorded, dict) else ()) ^ names)
-        raise LoraxError(
-            f"{place}: its settings are not those of this version of lorax ({', '.join(odd[:3])})"
-        )
+        raise LoraxError(f"{place}: its settings are not those of this version of lorax ({', '.join(odd[:3])})")
     return TrainConfig(**{**recorded, "targets": tuple(recorded["targets"])})
 
 

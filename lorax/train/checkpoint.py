@@ -128,9 +128,7 @@ class Checkpoints:
         why = "no space left on the device" if _is_full(error) else str(error)
         last = self.latest()
         kept = f"the previous checkpoint {last} is intact" if last else "there is no earlier checkpoint"
-        return LoraxError(
-            f"could not save {final}: {why}; {kept}; free some space and run again with --resume"
-        )
+        return LoraxError(f"could not save {final}: {why}; {kept}; free some space and run again with --resume")
 
 
 def flat(state: State) -> dict[str, Any]:

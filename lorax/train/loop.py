@@ -13,9 +13,7 @@ from jaxtyping import PyTree
 
 from lorax.errors import LoraxError
 from lorax.train.schedule import Schedule
-from lorax.train.step import Metrics, State
-
-Batch = dict[str, np.ndarray]
+from lorax.train.step import Batch, Metrics, State
 
 
 class Row(NamedTuple):

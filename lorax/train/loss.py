@@ -165,9 +165,7 @@ def _chunked(hidden, targets, weights, chunk: int) -> _Chunks:
     order = jnp.concatenate([order, jnp.zeros(pad, order.dtype)])
     counts = jnp.concatenate([w[order[: len(w)]], jnp.zeros(pad, w.dtype)])
     shape = (-1, chunk)
-    return _Chunks(
-        rows[order].reshape(-1, chunk, d), labels[order].reshape(shape), counts.reshape(shape), order
-    )
+    return _Chunks(rows[order].reshape(-1, chunk, d), labels[order].reshape(shape), counts.reshape(shape), order)
 
 
 def _back(values, order, shape):

@@ -53,7 +53,7 @@ def build_report(
             "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         },
         "coverage": [receipt.as_json() for receipt in receipts],
-        "data": {"name": data.name, "train_items": data.train_items, "eval_items": len(data.held_out)},
+        "data": {"name": data.name, "train_items": len(data.train), "eval_items": len(data.held_out)},
         "run": record,
     }
 

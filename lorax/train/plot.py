@@ -32,9 +32,7 @@ def plot_loss(path: Path, rows: list[dict[str, Any]], evals: list[dict[str, Any]
         mean = np.convolve(loss, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, color="tab:blue", linewidth=1.8, label=f"mean of {width} steps")
     if evals:
-        axes.plot(
-            [e["step"] for e in evals], [e["loss"] for e in evals], "o", color="tab:orange", label="held out"
-        )
+        axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], "o", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss, nats per completion token", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lorax import join, split
+from lorax.data import TrainStream
 from lorax.errors import LoraxError
 from lorax.io import atomic
 from lorax.models import load
@@ -41,9 +42,7 @@ from lorax.train.record import MetricsLog, environment, read_json
 from lorax.train.step import State, init_state, make_step
 
 
-def run(
-    config: TrainConfig, out: Path, *, resume: bool = False, display: Display | None = None
-) -> dict[str, Any]:
+def run(config: TrainConfig, out: Path, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
     """Fine-tune as `config` says, in the folder `out`.
 
     Args:
@@ -67,7 +66,7 @@ def run(
     if done is not None:
         return done
     with show, Interruptible(show.say) as stop:
-        return _Run(config, out, show, stop, **_setup(config, out)).go()
+        return _Run(config, out, show, stop, **_setup(config, out, show)).go()
 
 
 def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[str, Any] | None:
@@ -87,21 +86,21 @@ def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[
     return None
 
 
-def _setup(config: TrainConfig, out: Path) -> dict[str, Any]:
+def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
     """Load the base and the data, and write the record; the same data is required of a resumed run."""
     base = load(config.base, remat=config.remat)
-    data = prepare(config, base.tokenizer)
+    data = prepare(config, base.tokenizer, show.say)
     model, params = methods.adapted(base, config)
-    steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
+    stream = data.stream(config)
+    per_epoch = stream.batches_per_epoch / config.accumulate
+    steps = config.steps or max(1, round(config.epochs * per_epoch))
     about = {"data": data.sha256, "base": _fingerprint(base.params)}
     record = out / "run.json"
     if record.exists():
         before = read_json(record)
         for what in about:
             if before.get("sha256", {}).get(what) != about[what]:
-                raise LoraxError(
-                    f"{out}: the {what} is not what the run began with; cannot resume on another {what}"
-                )
+                raise LoraxError(f"{out}: the {what} is not what the run began with; cannot resume on another {what}")
     else:
         out.mkdir(parents=True, exist_ok=True)
         atomic.write_json(
@@ -110,7 +109,7 @@ def _setup(config: TrainConfig, out: Path) -> dict[str, Any]:
         )
     # The model is code from here on: its parameters live in `params`, some of them structured.
     model = dataclasses.replace(model, params={})
-    return {"model": model, "params": params, "data": data, "steps": steps}
+    return {"model": model, "params": params, "data": data, "stream": stream, "steps": steps}
 
 
 def _fingerprint(params: PyTree) -> str:
@@ -135,6 +134,7 @@ class _Run:
     model: Any
     params: PyTree
     data: Dataset
+    stream: TrainStream
     steps: int
     evals: list[dict[str, Any]] = field(default_factory=list)
 
@@ -160,7 +160,6 @@ class _Run:
         head_trains = methods.head_trains(trainable, self.model.config)
         self.step = make_step(language_model_loss(self.model, head_trains=head_trains), self.optimizer)
         self.scorer = make_scorer(self.model)
-        self.stream = self.data.stream()
         self.checkpoints = Checkpoints(self.out / "checkpoints", say=self.show.say)
         restored = self.checkpoints.restore(state)
         if restored is not None:
@@ -198,9 +197,7 @@ class _Run:
         self.show.stepped(row)
         last = row.step == self.steps
         if self._due(row.step) and not self.stop.asked:
-            with contextlib.suppress(
-                Asked
-            ):  # leave below, with the step saved; a resumed run evaluates it again
+            with contextlib.suppress(Asked):  # leave below, with the step saved; a resumed run evaluates it again
                 self._evaluate(row.step, state.trainable)
             self.show.begin("train", self.steps, done=row.step)
         if last or row.step % config.save_every == 0 or self.stop.asked:
@@ -217,11 +214,10 @@ class _Run:
         self.checkpoints.save(state, {"data": self.stream.state(), "evals": self.evals})
 
     def _evaluate(self, step: int, trainable: PyTree) -> None:
-        items = self.data.held_out
-        self.show.begin(f"eval @{step}", len(items))
+        self.show.begin(f"eval @{step}", len(self.data.held_out))
         began = time.perf_counter()
         params = join(trainable, self.frozen)
-        found = evaluate(self.scorer, params, self.data.eval_batches(), tick=self._tick)
+        found = evaluate(self.scorer, params, self.data.held_out.batches(), tick=self._tick)
         seconds = time.perf_counter() - began
         self.evals.append({"step": step, **found._asdict(), "seconds": round(seconds, 3)})
 
@@ -233,9 +229,7 @@ class _Run:
         self.log.close()
         receipts = coverage(state)
         saved = save_result(self.out, self.model, join(state.trainable, self.frozen), self.config)
-        plot_loss(
-            self.out / "loss.png", self.log.rows, self.evals, f"{self.config.method} on {self.data.name}"
-        )
+        plot_loss(self.out / "loss.png", self.log.rows, self.evals, f"{self.config.method} on {self.data.name}")
         report = build_report(
             self.config,
             self.data,

@@ -44,7 +44,7 @@ def keep_compiled_programs() -> None:
     """Point JAX at a compilation cache, unless the user chose one."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 

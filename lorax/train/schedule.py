@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from lorax.errors import LoraxError
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Schedule = Callable[[ArrayLike], Array]
 
 SHAPES: dict[str, Callable[[Float[Array, ""]], Float[Array, ""]]] = {
     # Each maps the fraction of the run after the warm-up, in [0, 1), to a factor of the peak rate.

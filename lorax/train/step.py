@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]
 LossFn = Callable[..., tuple[Float[Array, ""], Float[Array, ""]]]
 
 
