@@ -10,11 +10,11 @@ is the same for every seed, and what nearly repeats lies on one side.
 
 from __future__ import annotations
 
-from lorax.data.demos import medical
+from lorax.data.demos import docstrings, legal, medical
 from lorax.data.demos.task import DemoTask, Majority, majority
 from lorax.errors import LoraxError
 
-TASKS = {"medical": medical.build}
+TASKS = {"medical": medical.build, "legal": legal.build, "code": docstrings.build}
 
 __all__ = ["TASKS", "DemoTask", "Majority", "demo", "majority"]
 

@@ -14,8 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from lorax.data.demos.split import digest, fair_order, held_out, normalise
-from lorax.data.demos.task import DemoTask
-from lorax.data.examples import Record
+from lorax.data.demos.task import DemoTask, ask
 from lorax.errors import LoraxError
 
 INSTRUCTION = "Name the ICD-10 chapter."
@@ -62,17 +61,11 @@ def build() -> DemoTask:
     train, heldout = _apart(parts[False], parts[True])
     return DemoTask(
         "medical",
-        [_record(*item) for item in train],
-        [_record(*item) for item in heldout],
+        [ask(INSTRUCTION, *item) for item in train],
+        [ask(INSTRUCTION, *item) for item in heldout],
         list(CHAPTERS.values()),
         "the description of a diagnosis -> its chapter of ICD-10-CM (from simple-icd-10-cm)",
     )
-
-
-def _record(text: str, chapter: str) -> Record:
-    # The instruction takes the system turn: otherwise chat templates put a longer one of their own there.
-    turns = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
-    return Record(turns, chapter)
 
 
 def _chosen(descriptions: list[str]) -> list[str]:

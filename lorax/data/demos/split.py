@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -46,23 +46,28 @@ def fair_order(items: Iterable[Item], key: Callable[[Item], str], label: Callabl
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
 
 
-def clusters(texts: Sequence[str], *, size: int = 4, overlap: float = 0.3) -> list[int]:
+def clusters(
+    texts: Sequence[str], *, size: int = 4, overlap: float = 0.4, together: Sequence[Hashable] | None = None
+) -> list[str]:
     """Group texts that share much of their wording, directly or through others.
 
     Two texts belong together when runs of `size` words that are in both make up at least `overlap` of those
-    of the shorter one.
+    of the shorter one. Whoever splits by group never has such a pair on two sides.
+
+    Args:
+        texts: any texts.
+        size: words in a run; a shorter text is one run.
+        overlap: part of the shorter text's runs, 0..1.
+        together: for each text, what it must not be separated from: equal values share a group.
 
     Returns:
-        For each text the number of its group: the least index of a text in it.
+        For each text the key of its group: the first of its members' normalised texts in alphabetical order,
+        so that it does not hang on the order of the texts.
+
+    Example:
+        >>> clusters(["Red cars go fast today", "red cars go fast", "A blue whale"])
+        ['red cars go fast', 'red cars go fast', 'a blue whale']
     """
-    runs = [_runs(text, size) for text in texts]
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, own in enumerate(runs):
-        for run in own:
-            holders[run].append(i)
-    shared: Counter[tuple[int, int]] = Counter()
-    for members in holders.values():
-        shared.update((a, b) for k, a in enumerate(members) for b in members[k + 1 :])
     root = list(range(len(texts)))
 
     def find(i: int) -> int:
@@ -71,11 +76,27 @@ def clusters(texts: Sequence[str], *, size: int = 4, overlap: float = 0.3) -> li
             i = root[i]
         return i
 
-    for (a, b), count in shared.items():
-        if count >= overlap * min(len(runs[a]), len(runs[b])):
-            low, high = sorted((find(a), find(b)))
-            root[high] = low
-    return [find(i) for i in range(len(texts))]
+    for a, b in _alike([_runs(text, size) for text in texts], overlap):
+        root[find(a)] = find(b)
+    first: dict[Hashable, int] = {}
+    for i, what in enumerate(together or ()):
+        root[find(i)] = find(first.setdefault(what, i))
+    keys: dict[int, str] = {}
+    for i, text in enumerate(texts):
+        words = normalise(text)
+        keys[find(i)] = min(keys.get(find(i), words), words)
+    return [keys[find(i)] for i in range(len(texts))]
+
+
+def _alike(runs: Sequence[set[tuple[str, ...]]], overlap: float) -> Iterator[tuple[int, int]]:
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, own in enumerate(runs):
+        for run in own:
+            holders[run].append(i)
+    shared: Counter[tuple[int, int]] = Counter()
+    for members in holders.values():
+        shared.update((a, b) for k, a in enumerate(members) for b in members[k + 1 :])
+    return ((a, b) for (a, b), count in shared.items() if count >= overlap * min(len(runs[a]), len(runs[b])))
 
 
 def _runs(text: str, size: int) -> set[tuple[str, ...]]:

@@ -31,6 +31,13 @@ class DemoTask:
     description: str
 
 
+def ask(instruction: str, question: str, answer: str) -> Record:
+    """An item of a task. The instruction takes the system turn, where chat templates would otherwise put a
+    longer one of their own."""
+    turns = ({"role": "system", "content": instruction}, {"role": "user", "content": question})
+    return Record(turns, answer)
+
+
 class Majority(NamedTuple):
     """What knowing the answers' frequencies, and nothing of the question, would score.
 
