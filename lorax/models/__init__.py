@@ -1,7 +1,10 @@
-"""Language models of the Llama family: one NNX decoder, weights from Hugging Face directories and GGUF
-files."""
+"""Language models of the Llama family: one NNX decoder, weights from Hugging Face and GGUF files."""
 
 from lorax.models.config import ModelConfig, RopeScaling
+from lorax.models.generate import generate
+from lorax.models.hf import save_hf
+from lorax.models.load import load
 from lorax.models.model import Model
+from lorax.models.resolve import resolve_base
 
-__all__ = ["Model", "ModelConfig", "RopeScaling"]
+__all__ = ["Model", "ModelConfig", "RopeScaling", "generate", "load", "resolve_base", "save_hf"]

@@ -1,200 +1,235 @@
-"""Weights between files and the parameter tree, one kind at a time: at no moment are there two full copies.
+"""Weights in and out: the names that Hugging Face and GGUF give to the decoder's parameters.
 
-A stacked weight is one buffer `(layers, ...)` that is filled layer by layer from the mapped file, handed to JAX and
-let go before the next kind is read.
+Both keep one tensor per layer, as (out, in). Here all layers of a kind are one array (L, in, out). A kind is
+filled layer by layer from the mapped file and handed to JAX without a copy before the next is begun, so that
+loading holds the model once and a few megabytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Num
 
 from lorax.errors import LoraxError
 from lorax.io import safetensors
-from lorax.io.atomic import replace_dir, write_json
+from lorax.io.stored import StoredTensor
 from lorax.models.config import ModelConfig
-from lorax.models.gguf import GgufFile
-from lorax.models.names import Place, places
+from lorax.models.gguf import read_gguf
 
-Source = GgufFile | Mapping[str, np.ndarray]
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-# Names that files carry beside the weights: buffers that the config determines.
-_DERIVED = ("rotary_emb.inv_freq", "rope_freqs.weight", "masked_bias", "attn.bias")
+# Buffers that JAX's CPU backend takes over without a copy begin at a multiple of this many bytes.
+ALIGNMENT = 64
 
-MAX_SHARD = 4 << 30
+# In files, but no parameters of the decoder: rotary tables, which the config determines.
+DERIVED = ("rotary_emb.inv_freq", "rope_freqs.weight")
 
 
-def load_params(source: Source, config: ModelConfig, dtype: Any = jnp.float32, origin: str = "") -> dict[str, Any]:
-    """The parameter tree of a config from an open file.
+@dataclass(frozen=True)
+class Kind:
+    """One array of the parameter tree and its tensors in files.
 
-    Args:
-        source: a `GgufFile`, or arrays by their Hugging Face names.
-        config: the shape that the file must have.
-        dtype: of the tree.
-        origin: the file or directory, for messages.
+    path: where in the tree, with "/" between keys.
+    hf, gguf: names in files; "{}" stands for the layer.
+    shape: of one layer's part in the tree (without the axis of layers).
+    """
 
-    Returns:
-        A nested dict of JAX arrays.
+    path: str
+    hf: str
+    gguf: str
+    shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.hf
+
+    @property
+    def transposed(self) -> bool:
+        return self.path.endswith("kernel")
+
+
+def kinds(config: ModelConfig) -> list[Kind]:
+    """All parameters of a decoder, in the order of the computation.
+
+    Example:
+        >>> config = ModelConfig("llama", 11, 8, 12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> kinds(config)[0]
+        Kind(path='embed/embedding', hf='model.embed_tokens.weight', gguf='token_embd.weight', shape=(11, 8))
+    """
+    c = config
+    d, heads, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    out = [Kind("embed/embedding", "model.embed_tokens.weight", "token_embd.weight", (c.vocab_size, d))]
+    out.append(_layer("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight", d))
+    for name, width in (("q", heads), ("k", kv), ("v", kv)):
+        at = f"attn/{name}_proj/", f"self_attn.{name}_proj.", f"attn_{name}."
+        out.append(_layer(at[0] + "kernel", at[1] + "weight", at[2] + "weight", d, width))
+        if c.attention_bias:
+            out.append(_layer(at[0] + "bias", at[1] + "bias", at[2] + "bias", width))
+    if c.qk_norm:
+        out += [
+            _layer(f"attn/{n}_norm/scale", f"self_attn.{n}_norm.weight", f"attn_{n}_norm.weight", c.head_dim)
+            for n in "qk"
+        ]
+    out.append(_layer("attn/o_proj/kernel", "self_attn.o_proj.weight", "attn_output.weight", heads, d))
+    out.append(_layer("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", d))
+    for name, sizes in (
+        ("gate", (d, c.intermediate_size)),
+        ("up", (d, c.intermediate_size)),
+        ("down", (c.intermediate_size, d)),
+    ):
+        out.append(_layer(f"mlp/{name}_proj/kernel", f"mlp.{name}_proj.weight", f"ffn_{name}.weight", *sizes))
+    out.append(Kind("norm/scale", "model.norm.weight", "output_norm.weight", (d,)))
+    if not c.tie_embeddings:
+        out.append(Kind("lm_head/kernel", "lm_head.weight", "output.weight", (d, c.vocab_size)))
+    return out
+
+
+def _layer(path: str, hf: str, gguf: str, *shape: int) -> Kind:
+    return Kind(f"layers/{path}", f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model: its config, its tensors by their names in the file, and the file's own metadata.
+
+    gguf: whether the names are GGUF's; then llama's query and key rows are in GGUF's order.
+    metadata: GGUF's keys, among them the tokenizer; empty for a directory.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, Any]
+    gguf: bool
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hugging Face directory or a `.gguf` file; no weight is read yet.
 
     Raises:
-        LoraxError: a tensor is missing, has another shape, or belongs nowhere in this config.
+        LoraxError: something is missing, damaged or not served; the message names the file.
     """
-    origin = origin or str(getattr(source, "path", "the checkpoint"))
-    table = places(config)
-    _check_names(source, config, table, origin)
-    tree: dict[str, Any] = {}
-    for place in table:
-        array = _gather(source, config, place, np.dtype(dtype), origin)
-        *parents, leaf = place.path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = jnp.asarray(array)
-        # The transfer may still read the buffer; the next kind is read only when it is done.
-        node[leaf].block_until_ready()
-        del array
-    return tree
+    path = Path(path)
+    if path.is_dir():
+        return Checkpoint(path, _read_config(path / "config.json"), _read_directory(path), {}, False)
+    config, tensors, metadata = read_gguf(path)
+    return Checkpoint(path, config, tensors, metadata, True)
 
 
-def _name(source: Source, place: Place) -> str:
-    return place.gguf if isinstance(source, GgufFile) else place.hf
+def load_params(source: Checkpoint | str | Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """Read all weights into the decoder's parameter tree.
+
+    Args:
+        source: a directory, a `.gguf` file, or one that `open_checkpoint` opened.
+        config: its config, from `ModelConfig.from_hf`.
+        dtype: of the arrays; values are converted while they are copied.
+
+    Returns:
+        A nested dict of JAX arrays; layers stacked in front, kernels (in, out).
+
+    Raises:
+        LoraxError: a tensor is missing, has another shape than the config says, is not of real numbers, or
+            belongs to no parameter; the message names file and tensor. Nothing is allocated before that is known.
+
+    Example:
+        source = open_checkpoint("model")
+        params = load_params(source, ModelConfig.from_hf(source.config), jnp.bfloat16)
+    """
+    if not isinstance(source, Checkpoint):
+        source = open_checkpoint(source)
+    table = kinds(config)
+    _check(source, table, config)
+    params: dict[str, Any] = {}
+    for kind in table:
+        _put(params, kind.path, _read_kind(source, kind, config, np.dtype(dtype)))
+    return params
 
 
-def _files_names(source: Source, config: ModelConfig, place: Place) -> Iterator[str]:
-    name = _name(source, place)
-    layers = range(config.num_layers) if place.stacked else (0,)
-    return (name.replace("{i}", str(i)) for i in layers)
+def _read_kind(source: Checkpoint, kind: Kind, config: ModelConfig, dtype: np.dtype) -> jax.Array:
+    buffer = _aligned(((config.num_layers,) if kind.stacked else ()) + kind.shape, dtype)
+    order = _row_order(source, kind, config)
+    for i in range(config.num_layers if kind.stacked else 1):
+        part = buffer[i] if kind.stacked else buffer
+        part = part.T if kind.transposed else part
+        tensor = source.tensors[(kind.gguf if source.gguf else kind.hf).format(i)]
+        if order is None:
+            tensor.copy_to(part)
+        else:
+            plain = np.empty(tensor.shape, dtype)
+            tensor.copy_to(plain)
+            part[...] = plain[order]
+    # Nothing else refers to the buffer, so the array may own it; on an accelerator this waits for the copy.
+    return jax.device_put(buffer, may_alias=True).block_until_ready()
 
 
-def _check_names(source: Source, config: ModelConfig, table: list[Place], origin: str) -> None:
-    """A missing tensor is an error, and so is one that nothing would read: it means another architecture."""
-    wanted = [name for place in table for name in _files_names(source, config, place)]
-    for name in wanted:
-        if name not in source:
-            raise LoraxError(f"{origin}: lacks the tensor {name!r}, which a {config.family} model of this config needs")
-    ignored = {"lm_head.weight", "output.weight"} if config.tie_embeddings else set()
-    extra = sorted(set(source) - set(wanted) - ignored)
-    extra = [name for name in extra if not name.endswith(_DERIVED)]
-    if extra:
+def _row_order(source: Checkpoint, kind: Kind, config: ModelConfig) -> np.ndarray | None:
+    """Which row of the file is row i of ours; None if they are the same.
+
+    GGUF files of the architecture "llama" (not of the others) hold the query and key rows of a head with
+    feature i next to feature i + head_dim/2, for a rotation of neighbours; ours rotates halves.
+    """
+    if not (source.gguf and config.family == "llama" and kind.path.endswith(("q_proj/kernel", "k_proj/kernel"))):
+        return None
+    return np.arange(kind.shape[-1]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _check(source: Checkpoint, table: list[Kind], config: ModelConfig) -> None:
+    """Files and config agree: every parameter is there with its shape, and every tensor is a parameter."""
+    claimed = set()
+    for kind in table:
+        shape = tuple(reversed(kind.shape)) if kind.transposed else kind.shape
+        for i in range(config.num_layers if kind.stacked else 1):
+            name = (kind.gguf if source.gguf else kind.hf).format(i)
+            tensor = source.tensors.get(name)
+            if tensor is None:
+                raise LoraxError(
+                    f"{source.path}: tensor {name!r} is missing; the model is not complete, fetch it again"
+                )
+            if tensor.shape != shape:
+                raise LoraxError(f"{tensor.path}: tensor {name!r} has shape {tensor.shape}; the config says {shape}")
+            if not tensor.floating:
+                raise LoraxError(f"{tensor.path}: tensor {name!r} is {tensor.dtype}; lorax reads F64, F32, F16, BF16")
+            claimed.add(name)
+    # A tied model's file may repeat the embedding as the head.
+    claimed |= {"lm_head.weight"} if config.tie_embeddings else set()
+    spare = sorted(name for name in source.tensors if name not in claimed and not name.endswith(DERIVED))
+    if spare:
         raise LoraxError(
-            f"{origin}: holds {extra[0]!r}, which a {config.family} model of this config has no place for; "
-            "the config and the weights do not belong together"
+            f"{source.path}: tensor {spare[0]!r} ({len(spare)} such) is no parameter of a {config.family} decoder of "
+            f"{config.num_layers} layers; lorax cannot compute what it would add"
         )
 
 
-def _gather(source: Source, config: ModelConfig, place: Place, dtype: np.dtype, origin: str) -> np.ndarray:
-    shape = (config.num_layers, *place.shape) if place.stacked else place.shape
-    out = np.empty(shape, dtype)
-    for i, name in enumerate(_files_names(source, config, place)):
-        x = _read(source, place, name, origin)
-        out[i if place.stacked else ...] = x.T if place.transposed else x
-    return out
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Num[np.ndarray, ...]:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _read(source: Source, place: Place, name: str, origin: str) -> np.ndarray:
-    tensor = source[name]
-    want = tuple(reversed(place.shape)) if place.transposed else place.shape
-    if tuple(tensor.shape) != want:
-        raise LoraxError(f"{origin}: {name!r} has shape {tuple(tensor.shape)}, and the config asks for {want}")
-    if isinstance(tensor, np.ndarray):
-        if tensor.dtype.kind not in "fV" and tensor.dtype != jnp.bfloat16:
-            raise LoraxError(f"{origin}: {name!r} has dtype {tensor.dtype}; only floating weights are served")
-        return tensor
-    x = tensor.load()
-    return _halves(x, place.rotary_heads) if place.rotary_heads else x
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
 
 
-def _halves(x: np.ndarray, heads: int) -> np.ndarray:
-    """Undo GGUF's interleaving of the rotary pairs: (head, pair, half) back to (head, half, pair) along axis 0."""
-    split = x.reshape(heads, -1, 2, *x.shape[1:])
-    return np.swapaxes(split, 1, 2).reshape(x.shape)
+def _read_config(path: Path) -> dict[str, Any]:
+    return safetensors.read_json(path, "a Hugging Face model's directory has one")
 
 
-def save_hf(directory: str | Path, model: Any, params: Any, max_shard: int = MAX_SHARD) -> None:
-    """Write a Hugging Face model directory that transformers loads, whole or not at all.
-
-    Args:
-        directory: is replaced.
-        model: gives `.config` and `.tokenizer`.
-        params: the plain (merged) tree; an untied head in it makes the written config untied.
-        max_shard: bytes of a file above which the weights are split.
-
-    Raises:
-        LoraxError: the tree is not one of this config, or the disk is full.
-    """
-    config: ModelConfig = model.config
-    flat = _flat(params)
-    table = places(config)
-    shards = _shards(table, config, flat, max_shard)
-    with replace_dir(directory) as aside:
-        written = {}
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            safetensors.write(aside / file, _Views(names, flat), {"format": "pt"})
-            written |= dict.fromkeys(names, file)
-        if len(shards) > 1:
-            total = sum(x.nbytes for x in flat.values())
-            index = {"metadata": {"total_size": total}, "weight_map": written}
-            write_json(aside / "model.safetensors.index.json", index)
-        dtype = jnp.dtype(next(iter(flat.values())).dtype).name
-        write_json(aside / "config.json", config.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
-        if model.tokenizer is not None:
-            model.tokenizer.save(aside)
-
-
-def _flat(params: Any) -> dict[str, jax.Array]:
-    out: dict[str, jax.Array] = {}
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, Mapping):
-            for name, child in node.items():
-                walk(child, f"{path}/{name}" if path else name)
-        else:
-            out[path] = node
-
-    walk(params, "")
-    return out
-
-
-def _shards(table: list[Place], config: ModelConfig, flat: dict[str, Any], limit: int) -> list[dict[str, Any]]:
-    """Names of the file's tensors in groups of at most `limit` bytes; each name with its place and layer."""
-    have, want = set(flat), {place.path for place in table}
-    if have != want:
-        odd = sorted(have ^ want)[0]
-        raise LoraxError(f"{odd}: is {'missing from' if odd in want else 'too much for'} a tree of this model's config")
-    groups: list[dict[str, Any]] = [{}]
-    room = limit
-    for place in table:
-        for i in range(config.num_layers) if place.stacked else (None,):
-            size = math.prod(place.shape) * flat[place.path].dtype.itemsize
-            if size > room and groups[-1]:
-                groups.append({})
-                room = limit
-            room -= size
-            groups[-1][place.hf.replace("{i}", str(i))] = (place, i)
-    return groups
-
-
-class _Views(Mapping[str, np.ndarray]):
-    """The tensors of one file, made when they are asked for."""
-
-    def __init__(self, names: dict[str, Any], flat: dict[str, Any]):
-        self._names, self._flat = names, flat
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        place, layer = self._names[name]
-        x = np.asarray(self._flat[place.path])
-        x = x if layer is None else x[layer]
-        return x.T if place.transposed else x
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _read_directory(path: Path) -> Mapping[str, StoredTensor]:
+    if (path / INDEX).is_file():
+        return safetensors.read_sharded(path / INDEX)
+    if (path / SINGLE).is_file():
+        return safetensors.read(path / SINGLE)
+    if list(path.glob("*.bin")) or list(path.glob("*.pth")):
+        raise LoraxError(f"{path}: holds pickled weights, which lorax does not open; save them as safetensors first")
+    raise LoraxError(f"{path}: holds neither {SINGLE} nor {INDEX}")

