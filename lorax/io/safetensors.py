@@ -110,19 +110,32 @@ def read_sharded(index: str | Path) -> dict[str, StoredTensor]:
         LoraxError: the index is malformed, names a file outside its directory, or a tensor that is not there.
     """
     index = Path(index)
-    try:
-        names = _loads(index.read_bytes())["weight_map"]
-        if not (isinstance(names, dict) and names and all(isinstance(v, str) for v in names.values())):
-            raise TypeError
-    except OSError as error:
-        raise LoraxError(f"{index}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise LoraxError(f"{index}: not an index of safetensors files (no weight_map); fetch it again") from None
+    names = read_json(index, "it says which file holds which tensor").get("weight_map")
+    if not (isinstance(names, dict) and names and all(isinstance(v, str) for v in names.values())):
+        raise LoraxError(f"{index}: not an index of safetensors files (no weight_map); fetch it again")
     shards = {shard: read(_inside(index, shard)) for shard in sorted(set(names.values()))}
     for name, shard in names.items():
         if name not in shards[shard]:
             raise LoraxError(f"{index.parent / shard}: lacks tensor {name!r}, which {index.name} places there")
     return {name: shards[shard][name] for name, shard in names.items()}
+
+
+def read_json(path: str | Path, purpose: str) -> dict[str, Any]:
+    """A JSON object from a file that stands beside the weights.
+
+    Raises:
+        LoraxError: the file is missing (the message adds `purpose`) or is not one JSON object in UTF-8.
+    """
+    try:
+        value = _loads(Path(path).read_bytes())
+    except OSError as error:
+        raise LoraxError(f"{path}: cannot be read ({error.strerror}); {purpose}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:100]
+        raise LoraxError(f"{path}: not valid JSON ({reason}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise LoraxError(f"{path}: not a JSON object; fetch it again")
+    return value
 
 
 def write(path: str | Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:

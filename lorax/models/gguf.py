@@ -1,276 +1,197 @@
-"""GGUF files: header, metadata and tensors, memory-mapped, with every claim checked before anything is allocated.
-
-Layout (version 2 and 3, little-endian): magic, version, tensor count, key count; the keys; for each tensor its name,
-dimensions (fastest first), type and offset; then the data, each tensor at an aligned offset. Blocks are decoded by the
-`gguf` package. Source: the format's description in ggml's repository.
-"""
+"""GGUF files: their tensors, mapped and decoded on demand, and their metadata as a Hugging Face config."""
 
 from __future__ import annotations
 
 import math
-import mmap
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
+import ml_dtypes
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from jaxtyping import Float, UInt8
 
 from lorax.errors import LoraxError
+from lorax.io.stored import MappedFile, StoredTensor
+from lorax.models.gguf_header import Header, TensorInfo, parse_header
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+PLAIN: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+TYPES = {int(kind): kind for kind in GGMLQuantizationType if kind.name in (*PLAIN, *BLOCKS)}
 
-# What the gguf package decodes and we test; others are refused by name.
-SERVED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+FAMILIES = ("llama", "qwen2", "qwen3")
 
-_MAX_ITEMS = 10_000_000
-_MAX_DIMS = 4
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor, not yet read: `load()` decodes it to float32."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    raw: np.ndarray
-
-    def load(self) -> np.ndarray:
-        """The values as float32, in numpy's order of axes (slowest first)."""
-        return gguf.quants.dequantize(self.raw, self.kind).reshape(self.shape).astype(np.float32, copy=False)
+# What every published Llama 3 uses beside the factor; the file keeps only the resulting divisors.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-class _Cursor:
-    """Reads from mapped bytes and never beyond them."""
+def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor], dict[str, Any]]:
+    """Open a GGUF file.
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.at = path, data, 0
-
-    def take(self, n: int) -> int:
-        start = self.at
-        if n < 0 or n > len(self.data) - start:
-            raise _bad(self.path, f"it ends at byte {len(self.data)} inside the header")
-        self.at = start + n
-        return start
-
-    def scalar(self, form: str) -> Any:
-        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
-
-    def count(self, what: str, smallest: int) -> int:
-        """A count of items that each take at least `smallest` bytes: a larger one than fits is a lie."""
-        n = self.scalar("<Q")
-        if n > min(_MAX_ITEMS, (len(self.data) - self.at) // smallest):
-            raise _bad(self.path, f"it claims {n} {what}, more than the file can hold")
-        return n
-
-    def string(self) -> str:
-        n = self.count("bytes of a string", 1)
-        start = self.take(n)
-        try:
-            return self.data[start : start + n].decode("utf-8")
-        except UnicodeDecodeError:
-            raise _bad(self.path, f"a string at byte {start} is not UTF-8") from None
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self._array()
-        if kind not in _SCALARS:
-            raise _bad(self.path, f"a metadata value has the unknown type {kind}")
-        return self.scalar(_SCALARS[kind])
-
-    def _array(self) -> list[Any]:
-        kind = self.scalar("<I")
-        if kind == _STRING:
-            return [self.string() for _ in range(self.count("strings", 8))]
-        if kind not in _SCALARS:
-            raise _bad(self.path, f"an array has the unknown element type {kind}")
-        form = _SCALARS[kind]
-        size = struct.calcsize(form)
-        n = self.count("array elements", size)
-        start = self.take(n * size)
-        return np.frombuffer(self.data, np.dtype(form.replace("?", "b1")), n, start).tolist()
-
-
-def _bad(path: Path, why: str) -> LoraxError:
-    return LoraxError(f"{path}: not a valid GGUF file: {why}; fetch it again")
-
-
-class GgufFile(Mapping[str, GgufTensor]):
-    """A mapped GGUF file: `metadata` by key, tensors by name.
+    Returns:
+        config: what `config.json` would hold, for `ModelConfig.from_hf`.
+        tensors: by GGUF name ("blk.0.attn_q.weight"), shaped as Hugging Face has them: (out, in).
+        metadata: the file's own keys.
 
     Raises:
-        LoraxError: the file is missing, truncated, corrupt, or has a tensor type that is not served.
+        LoraxError: the file is missing, cut off or damaged, in a storage type or of an architecture that lorax
+            does not read.
+
+    Example:
+        config, tensors, metadata = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+        tensors["token_embd.weight"].array()   # (49152, 576) float32
     """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise LoraxError(f"{self.path}: cannot be read ({error.strerror}); check the path") from error
-        except ValueError:
-            raise _bad(self.path, "it is empty") from None
-        cursor = _Cursor(self.path, self._map)
-        tensors, keys = _preamble(cursor)
-        self.metadata = _metadata(cursor, keys)
-        self._tensors = _tensors(cursor, tensors, self._alignment())
-
-    def _alignment(self) -> int:
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise _bad(self.path, f"its alignment is {alignment!r}")
-        return alignment
-
-    def __getitem__(self, name: str) -> GgufTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    tensors, metadata = read_tensors(path)
+    return hf_config(Path(path), metadata, tensors), tensors, metadata
 
 
-def _preamble(cursor: _Cursor) -> tuple[int, int]:
-    start = cursor.take(4)
-    if cursor.data[start : start + 4] != b"GGUF":
-        raise _bad(cursor.path, "it does not begin with 'GGUF'")
-    version = cursor.scalar("<I")
-    if version not in (2, 3):
-        raise _bad(cursor.path, f"version {version} is not served, only 2 and 3 in little-endian order")
-    tensors = cursor.count("tensors", 24)
-    return tensors, cursor.count("metadata keys", 13)
-
-
-def _metadata(cursor: _Cursor, keys: int) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for _ in range(keys):
-        name = cursor.string()
-        if name in out:
-            raise _bad(cursor.path, f"the key {name!r} occurs twice")
-        out[name] = cursor.value(cursor.scalar("<I"))
-    return out
-
-
-def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GgufTensor]:
-    infos = [_tensor_info(cursor) for _ in range(count)]
-    start = -(-cursor.at // alignment) * alignment
-    out: dict[str, GgufTensor] = {}
-    for name, shape, kind, offset in infos:
-        if name in out:
-            raise _bad(cursor.path, f"the tensor {name!r} occurs twice")
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if not shape or shape[-1] % block:
-            raise _bad(cursor.path, f"{name!r} has shape {shape}, which {kind.name} cannot hold")
-        row = shape[-1] // block * size
-        total = math.prod(shape[:-1]) * row
-        if offset % alignment or start + offset + total > len(cursor.data):
-            raise _bad(cursor.path, f"the data of {name!r} lies outside the file: it is truncated or corrupt")
-        raw = np.frombuffer(cursor.data, np.uint8, total, start + offset).reshape(*shape[:-1], row)
-        out[name] = GgufTensor(name, shape, kind, _typed(raw, kind))
-    return out
-
-
-def _typed(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The gguf package wants floats as floats and blocks as bytes."""
-    plain = {"F32": np.float32, "F16": np.float16}
-    return raw.view(plain[kind.name]) if kind.name in plain else raw
-
-
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
-    name = cursor.string()
-    ndim = cursor.scalar("<I")
-    if not 1 <= ndim <= _MAX_DIMS:
-        raise _bad(cursor.path, f"{name!r} claims {ndim} dimensions")
-    shape = tuple(reversed([cursor.scalar("<Q") for _ in range(ndim)]))
-    if math.prod(shape) > 1 << 44 or 0 in shape:
-        raise _bad(cursor.path, f"{name!r} claims the shape {shape}")
-    number = cursor.scalar("<I")
-    names = {kind.value: kind for kind in gguf.GGMLQuantizationType}
-    if number not in names or names[number].name not in SERVED:
-        known = names[number].name if number in names else number
-        raise LoraxError(f"{cursor.path}: {name!r} has type {known}, which is not served; served: {', '.join(SERVED)}")
-    return name, shape, names[number], cursor.scalar("<Q")
-
-
-FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
-
-
-def hf_config(file: GgufFile) -> dict[str, Any]:
-    """The file's metadata in the words of a Hugging Face `config.json`.
+def read_tensors(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Tensors and metadata of any GGUF file, whatever its architecture.
 
     Raises:
-        LoraxError: another architecture, or a key that the architecture needs is missing.
+        LoraxError: as `read_gguf`, but for the architecture.
     """
-    family = file.metadata.get("general.architecture")
+    file = MappedFile(Path(path))
+    header = parse_header(file.path, file.bytes)
+    if header.metadata.get("split.count", 0) not in (0, 1):
+        raise LoraxError(f"{path}: one of several parts; join them into one file first (llama-gguf-split --merge)")
+    _check_apart(file, header)
+    tensors = {info.name: _tensor(file, header, info) for info in header.tensors}
+    if len(tensors) != len(header.tensors):
+        raise LoraxError(f"{path}: two tensors share a name; the file is damaged, fetch it again")
+    return tensors, header.metadata
+
+
+def _tensor(file: MappedFile, header: Header, info: TensorInfo) -> StoredTensor:
+    kind = _kind(file.path, info)
+    start = header.data + info.offset
+    decode = partial(_decode, kind=kind)
+    return StoredTensor(info.name, info.shape, kind.name, file, start, start + _nbytes(kind, info), decode, True)
+
+
+def _kind(path: Path, info: TensorInfo) -> GGMLQuantizationType:
+    kind = TYPES.get(info.type)
+    if kind is None:
+        known = {int(k): k.name for k in GGMLQuantizationType}.get(info.type, f"number {info.type}")
+        raise LoraxError(
+            f"{path}: tensor {info.name[:80]!r}: type {known} is not read; {', '.join((*PLAIN, *BLOCKS))} are"
+        )
+    block, _ = GGML_QUANT_SIZES[kind]
+    if info.shape[-1] % block:
+        raise LoraxError(
+            f"{path}: tensor {info.name[:80]!r}: its rows of {info.shape[-1]} do not divide into {kind.name}'s "
+            f"blocks of {block}; the file is damaged, fetch it again"
+        )
+    return kind
+
+
+def _nbytes(kind: GGMLQuantizationType, info: TensorInfo) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(info.shape) // block * size
+
+
+def _check_apart(file: MappedFile, header: Header) -> None:
+    """Every tensor lies inside the file and begins after the one before it ends."""
+    before, at = "", 0
+    for info in sorted(header.tensors, key=lambda info: info.offset):
+        if info.offset < at:
+            raise LoraxError(
+                f"{file.path}: tensors {before[:80]!r} and {info.name[:80]!r} overlap; the file is damaged, "
+                "fetch it again"
+            )
+        before, at = info.name, info.offset + _nbytes(_kind(file.path, info), info)
+        if header.data + at > file.bytes.size:
+            raise LoraxError(
+                f"{file.path}: tensor {info.name[:80]!r} ends at byte {header.data + at} of {file.bytes.size}; "
+                "the file is cut off, fetch it again"
+            )
+
+
+def _decode(rows: UInt8[np.ndarray, "rows bytes"], kind: GGMLQuantizationType) -> Float[np.ndarray, "rows columns"]:
+    if kind.name in PLAIN:
+        return rows.view(PLAIN[kind.name])
+    with np.errstate(all="ignore"):  # damaged scales are not finite; the loss will say so
+        return dequantize(rows, kind)
+
+
+def hf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The Hugging Face config that GGUF metadata and tensor shapes amount to.
+
+    Raises:
+        LoraxError: another architecture, a key that is missing, or a rope scaling other than Llama 3's.
+    """
+    family = metadata.get("general.architecture")
     if family not in FAMILIES:
-        raise LoraxError(f"{file.path}: architecture {family!r} is not served; lorax reads {', '.join(FAMILIES)}")
+        raise LoraxError(f"{path}: architecture {str(family)[:40]!r} is not served; lorax reads {FAMILIES}")
+    if "token_embd.weight" not in tensors:
+        raise LoraxError(f"{path}: tensor 'token_embd.weight' is missing; the file is no language model")
 
     def get(key: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"{family}.{key}", default)
+        value = metadata.get(f"{family}.{key}", default)
         if value is None:
-            raise LoraxError(f"{file.path}: lacks the metadata key {family}.{key}; fetch it again")
+            raise LoraxError(f"{path}: key '{family}.{key}' is missing; the file is not a complete model")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise LoraxError(f"{path}: key '{family}.{key}' must be one number, not {str(value)[:40]!r}")
         return value
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        raise _bad(file.path, f"head_count is {heads!r} and embedding_length {hidden!r}")
-    embedding = file.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise LoraxError(f"{file.path}: lacks the tensor token_embd.weight; fetch it again")
-    config = {
-        "model_type": FAMILIES[family],
-        "vocab_size": embedding.shape[0],
-        "hidden_size": hidden,
+    heads, width = get("attention.head_count"), get("embedding_length")
+    theta = get("rope.freq_base", 10000.0)
+    head_dim = get("attention.key_length", get("rope.dimension_count", width // heads if heads else 0))
+    if get("attention.value_length", head_dim) != head_dim or get("rope.dimension_count", head_dim) != head_dim:
+        raise LoraxError(f"{path}: keys, values and rotary features of different sizes are not served")
+    return {
+        "model_type": family,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", hidden // heads),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
+        "head_dim": head_dim,
+        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(path, metadata, tensors, theta, head_dim),
+        "tie_word_embeddings": "output.weight" not in tensors,
         "max_position_embeddings": get("context_length"),
-        "tie_word_embeddings": "output.weight" not in file,
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    if family == "mistral" or f"{family}.attention.sliding_window" in file.metadata:
-        config["sliding_window"] = file.metadata.get(f"{family}.attention.sliding_window")
-    scaling = file.metadata.get(f"{family}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file:
-        config["rope_scaling"] = _llama3_scaling(file, config)
-    return config
 
 
-def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3.1 and later store the factors per frequency; the four numbers behind them are read off.
+def _shortest(value: float) -> float:
+    """The decimal that was meant: float32 of 1e-5 is 9.999999747378752e-06 in float64."""
+    return float(str(np.float32(value)))
 
-    The converters write `rope_freqs.weight` from the published (low 1, high 4, original 8192) and a factor: the
-    largest entry is that factor, and the others are recomputed from it and compared.
+
+def _rope_scaling(
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor], theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    """Llama 3's scaling, recognised by the divisors of the frequencies that the file holds."""
+    family = metadata["general.architecture"]
+    if metadata.get(f"{family}.rope.scaling.type", "none") != "none":
+        kind = str(metadata[f"{family}.rope.scaling.type"])[:40]
+        raise LoraxError(f"{path}: rope scaling {kind!r} is not served; only Llama 3's is")
+    stored = tensors.get("rope_freqs.weight")
+    if stored is None:
+        return None
+    divisors = np.array(stored.array(), np.float64).reshape(-1)
+    scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3_ROPE}
+    expected = _llama3_divisors(scaling, float(theta), head_dim)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+        raise LoraxError(f"{path}: tensor 'rope_freqs.weight' is not Llama 3's scaling of the rotary frequencies")
+    return scaling if scaling["factor"] != 1.0 else None
+
+
+def _llama3_divisors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> Float[np.ndarray, " half"]:
+    """What each rotary frequency is divided by: 1 for fast ones, `factor` for slow ones, a blend between.
+
+    Source: the Llama 3.1 model card's reference rope.
     """
-    freqs = file.get("rope_freqs.weight")
-    if freqs is None:
-        raise LoraxError(f"{file.path}: its rope scaling is not served; only Llama 3's (rope_freqs.weight) is")
-    have = freqs.load()
-    half = np.arange(0, config["head_dim"], 2) / config["head_dim"]
-    wavelength = 2 * np.pi * np.float64(config["rope_theta"]) ** half
-    factor = float(have.max())
-    low, high, original = 1.0, 4.0, 8192
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    want = 1 / ((1 - smooth) / factor + smooth)
-    if have.shape != want.shape or not np.allclose(have, want, rtol=1e-3):
-        raise LoraxError(f"{file.path}: its rope_freqs.weight is not Llama 3's published scaling, which is not served")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] / wavelength
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - kept) / scaling["factor"] + kept)

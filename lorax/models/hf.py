@@ -79,11 +79,8 @@ def kinds(config: ModelConfig) -> list[Kind]:
         ]
     out.append(_layer("attn/o_proj/kernel", "self_attn.o_proj.weight", "attn_output.weight", heads, d))
     out.append(_layer("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", d))
-    for name, sizes in (
-        ("gate", (d, c.intermediate_size)),
-        ("up", (d, c.intermediate_size)),
-        ("down", (c.intermediate_size, d)),
-    ):
+    f = c.intermediate_size
+    for name, sizes in (("gate", (d, f)), ("up", (d, f)), ("down", (f, d))):
         out.append(_layer(f"mlp/{name}_proj/kernel", f"mlp.{name}_proj.weight", f"ffn_{name}.weight", *sizes))
     out.append(Kind("norm/scale", "model.norm.weight", "output_norm.weight", (d,)))
     if not c.tie_embeddings:
