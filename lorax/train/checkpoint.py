@@ -12,12 +12,14 @@ whatever moment a process dies at, a folder with a number for a name is complete
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +155,7 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
     # Orbax takes a second to import; only runs that save should wait for it.
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as writer:
+    with _one_voice(), ocp.PyTreeCheckpointer() as writer:
         writer.save((folder / "state").absolute(), flat(state))
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
     record = {"step": int(state.step), "meta": meta, "arrays": _shapes(flat(state)), "sha256": hashes}
@@ -162,6 +164,18 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
         _fsync(path)
     for directory in {p.parent for p in _files(folder)}:
         _fsync(directory)
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Keep Orbax from logging an error that it raises as well: the user gets one line, from us."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read(folder: Path, like: State) -> Restored:

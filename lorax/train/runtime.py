@@ -13,16 +13,11 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb=1"
 MARK = "LORAX_RUNTIME"
-
-
-def cache_folder() -> Path:
-    """Where lorax keeps what it can make again: `$XDG_CACHE_HOME/lorax` or `~/.cache/lorax`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lorax"
 
 
 def huge_pages() -> None:
@@ -41,11 +36,16 @@ def huge_pages() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Point JAX at a compilation cache, unless the user chose one."""
+    """Keep compiled programs in lorax's cache folder, unless the user chose a place for them."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    from lorax.models.resolve import cache_dir
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    # A cache that cannot be written (a full disk, a read-only home) costs time and nothing else.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
 
 
 def _kernel_allows() -> bool:
