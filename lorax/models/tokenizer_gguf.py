@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -92,6 +93,7 @@ def _pre_tokenizer(pre: Any, path: Path) -> Any:
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], path: Path) -> tokenizers.Tokenizer:
     """A sentencepiece BPE as merges: two pieces merge if their union is a piece, the better score first."""
     scores = metadata.get("tokenizer.ggml.scores")
+    scores = np.asarray(scores).tolist()
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise LoraxError(f"{path}: has no score for each token (tokenizer.ggml.scores); fetch it again")
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -121,6 +123,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], path: Path) -> t
 def _add_special(inner: tokenizers.Tokenizer, tokens: list[str], kinds: Any, path: Path) -> None:
     if kinds is None:
         return
+    kinds = np.asarray(kinds).tolist()
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise LoraxError(f"{path}: tokenizer.ggml.token_type does not fit its {len(tokens)} tokens; fetch it again")
     pairs = list(zip(tokens, kinds, strict=True))
