@@ -135,7 +135,7 @@ def _with_template(record: Record, tokenizer: Any) -> Example:
     return Example(tuple(ids[:first]), tuple(ids[first:last]), None if all(inside) else inside)
 
 
-def _answer_spans(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]] | None:
+def _answer_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]] | None:
     """Tokens of the whole and where each answer is in them; None where answers cannot be told apart by tokens."""
     whole = _closed(tokenizer.encode_chat(messages, add_generation_prompt=False), 0, tokenizer)
     spans = []
@@ -143,7 +143,10 @@ def _answer_spans(messages: list[Message], tokenizer: Any) -> tuple[list[int], l
         if message["role"] != "assistant":
             continue
         prompt = tokenizer.encode_chat(messages[:i], add_generation_prompt=True)
-        upto = _closed(tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False), len(prompt), tokenizer)
+        upto = whole
+        if i + 1 < len(messages):
+            upto = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+            upto = _closed(upto, len(prompt), tokenizer)
         if not prompt or upto[: len(prompt)] != prompt or whole[: len(upto)] != upto or len(upto) == len(prompt):
             return None
         spans.append((len(prompt), len(upto)))

@@ -103,7 +103,7 @@ def parse_line(line: bytes, place: str) -> Record:
         LoraxError: bad UTF-8, bad JSON, a missing key, a wrong type, an empty or impossible conversation.
     """
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise LoraxError(f"{place}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:

@@ -33,7 +33,7 @@ def assemble(examples: Examples, rows: Sequence[Sequence[int]], width: int) -> B
         ValueError: the documents of a row are longer than `width` together.
     """
     shape = (len(rows), width)
-    batch = {name: np.zeros(shape, np.int32) for name in ("ids", "targets", "positions", "segment_ids")}
+    batch: Batch = {name: np.zeros(shape, np.int32) for name in ("ids", "targets", "positions", "segment_ids")}
     batch["weights"] = np.zeros(shape, np.float32)
     for r, members in enumerate(rows):
         begin = 0

@@ -19,6 +19,7 @@ from lorax.data.packing import Batch, Filling, assemble, count_batches
 from lorax.errors import LoraxError
 
 _ROUND = 8
+_UNREADABLE = "the saved data position cannot be read; start the run again"
 
 
 class TrainStream(Iterator[Batch]):
@@ -102,14 +103,17 @@ class TrainStream(Iterator[Batch]):
             LoraxError: the place belongs to other data or other settings; names which.
         """
         if not isinstance(state, dict) or "order" not in state:
-            raise LoraxError("the saved data position cannot be read; start the run again")
+            raise LoraxError(_UNREADABLE)
         for name, value in self._about.items():
             if state.get(name) != value:
                 raise LoraxError(
                     f"the saved data position has {name}={state.get(name)!r} but the stream has {value!r}; "
                     f"resume with the data and settings that the run began with"
                 )
-        self._places.set_state(state["order"])
+        try:
+            self._places.set_state(state["order"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise LoraxError(_UNREADABLE) from error
         self._before, self._pending = state["order"], None
 
 

@@ -26,10 +26,11 @@ INSTRUCTION = "Name the Python function."
 
 # Folders that are not the library itself, and parts that some builds of Python come without.
 _SKIPPED = {
-    "__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
-    "ensurepip", "pydoc_data", "encodings", "distutils", "tkinter", "_pyrepl", "sqlite3", "curses", "dbm",
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
+    "ensurepip", "pydoc_data", "encodings", "distutils", "tkinter", "sqlite3", "curses", "dbm",
     "turtle.py",
 }  # fmt: skip
+_PRIVATE = re.compile("_(?!_init__)")
 _SHORTEST, _LONGEST = 4, 25  # words
 _HELD_OUT = 0.2
 
@@ -46,7 +47,7 @@ def build() -> DemoTask:
             f"the code task reads the standard library's sources, and {_library()} has {len(pairs)} docstrings that "
             f"it can use; run a Python that is installed with its .py files"
         )
-    groups = clusters([text for text, _ in pairs], overlap=0.6)
+    groups = clusters([text for text, _ in pairs], overlap=0.5)
     parts: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
     for pair, group in zip(pairs, groups, strict=True):
         parts[held_out(f"code {group}", _HELD_OUT)].append(pair)
@@ -94,7 +95,8 @@ def _documented(library: Path) -> tuple[tuple[str, str], ...]:
     """(name, first paragraph of the docstring) of every public function, in the order of the files."""
     found = []
     for file in sorted(library.rglob("*.py")):
-        if _SKIPPED.isdisjoint(file.relative_to(library).parts):
+        parts = file.relative_to(library).parts
+        if _SKIPPED.isdisjoint(parts) and not any(map(_PRIVATE.match, parts)):
             found += _in_file(file)
     return tuple(found)
 
@@ -104,11 +106,20 @@ def _in_file(file: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
         raise LoraxError(f"{file}: the code task cannot read it ({error}); is this Python installed whole?") from None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+    for node in _functions(tree):
+        if not node.name.startswith("_"):
             text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             if text:
                 yield node.name, text
+
+
+def _functions(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions of a module and methods of its classes; not those inside functions, which nobody can call."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _functions(child)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
 
 
 def _library() -> Path:

@@ -2,9 +2,11 @@
 
 The classification has 97,000 codes, three quarters of them injuries and joints told apart by side and
 encounter. Up to four short descriptions of each three-character category are used, so that chapters are
-about as frequent as they have categories, and a category lies on one side of the split: siblings have
-nearly the same words. Chapters are named by a few words of their titles; "Codes for special purposes",
-which has two categories, is left out.
+about as frequent as they have categories. A category lies on one side of the split, as siblings have nearly
+the same words, and held-out descriptions that nearly repeat one of another category are dropped.
+
+Chapters are named by a few words of their titles, and "Codes for special purposes", which has two
+categories, is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import importlib.util
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from lorax.data.demos.split import digest, fair_order, held_out, normalise
+from lorax.data.demos.split import digest, fair_order, held_out, normalise, repeats
 from lorax.data.demos.task import DemoTask, ask
 from lorax.errors import LoraxError
 
@@ -75,22 +77,20 @@ def _chosen(descriptions: list[str]) -> list[str]:
 
 
 def _apart(train: list[tuple[str, str]], heldout: list[tuple[str, str]]):
-    """Drop repeats, texts that stand for two chapters, and held-out texts that training has as well."""
+    """Both sides without repeats and without texts that stand for two chapters, the held-out one also without
+    what nearly repeats a training text of another category."""
     chapters: dict[str, set[str]] = {}
     for text, chapter in train + heldout:
         chapters.setdefault(normalise(text), set()).add(chapter)
-    seen: set[str] = set()
+    train, heldout = _distinct(train, chapters), _distinct(heldout, chapters)
+    known = repeats([text for text, _ in heldout], [text for text, _ in train])
+    heldout = [item for item, again in zip(heldout, known, strict=True) if not again]
+    return tuple(fair_order(side, key=lambda item: item[0], label=lambda item: item[1]) for side in (train, heldout))
 
-    def fresh(items):
-        kept = []
-        for text, chapter in items:
-            words = normalise(text)
-            if words not in seen and len(chapters[words]) == 1:
-                seen.add(words)
-                kept.append((text, chapter))
-        return fair_order(kept, key=lambda item: item[0], label=lambda item: item[1])
 
-    return fresh(train), fresh(heldout)
+def _distinct(items: list[tuple[str, str]], chapters: dict[str, set[str]]) -> list[tuple[str, str]]:
+    first = {normalise(text): (text, chapter) for text, chapter in reversed(items)}
+    return [item for words, item in first.items() if len(chapters[words]) == 1]
 
 
 def _categories(file: Path) -> list[tuple[str, str, list[str]]]:

@@ -88,6 +88,21 @@ def clusters(
     return [keys[find(i)] for i in range(len(texts))]
 
 
+def repeats(texts: Sequence[str], others: Sequence[str], *, size: int = 4, overlap: float = 0.5) -> list[bool]:
+    """For each of `texts`, whether it nearly repeats one of `others`, in the sense of `clusters`.
+
+    Example:
+        >>> repeats(["Red cars go fast today", "A blue whale"], ["red cars go fast"])
+        [True, False]
+    """
+    runs = [_runs(text, size) for text in (*texts, *others)]
+    found = [False] * len(texts)
+    for a, b in _alike(runs, overlap):
+        if a < len(texts) <= b:
+            found[a] = True
+    return found
+
+
 def _alike(runs: Sequence[set[tuple[str, ...]]], overlap: float) -> Iterator[tuple[int, int]]:
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, own in enumerate(runs):
