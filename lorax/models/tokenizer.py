@@ -7,6 +7,7 @@ file (see `tokenizer_gguf`).
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,9 @@ class Tokenizer:
                 eos_token=self._text(self.eos_id),
                 tools=None,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise LoraxError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:
+            # A template is a program from a file: whatever it raises is about the file or the messages.
+            raise LoraxError(f"the chat template refuses these messages: {_first_line(error)}") from error
 
     def encode_chat(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation."""
@@ -97,6 +99,7 @@ class Tokenizer:
         return "" if token is None else self.inner.id_to_token(token) or ""
 
 
+@functools.lru_cache(maxsize=8)
 def _template(source: str) -> jinja2.Template:
     """A template from a model file is a stranger's program: it runs in Jinja's sandbox and can change nothing."""
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -106,7 +109,11 @@ def _template(source: str) -> jinja2.Template:
     try:
         return env.from_string(source)
     except jinja2.TemplateError as error:
-        raise LoraxError(f"the model's chat template is not valid Jinja: {error}") from error
+        raise LoraxError(f"the model's chat template is not valid Jinja: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _raise(message: str) -> None:
@@ -127,13 +134,14 @@ def from_directory(directory: str | Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         # The library's only error type for a bad file is Exception itself.
-        raise LoraxError(f"{path}: is no tokenizer that the tokenizers library reads ({error})") from error
+        raise LoraxError(f"{path}: is no tokenizer that the tokenizers library reads ({_first_line(error)})") from error
+    # Some files were saved in the middle of somebody's batch.
+    inner.no_truncation()
+    inner.no_padding()
     config = _json(directory / "tokenizer_config.json")
-    ids = {name: inner.token_to_id(text) for name in _SPECIAL if (text := _token_text(config.get(name)))}
-    return Tokenizer(inner, *(ids.get(name) for name in _SPECIAL), _chat_template(directory, config))
-
-
-_SPECIAL = ("bos_token", "eos_token", "pad_token")
+    texts = [_token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")]
+    bos, eos, pad = (inner.token_to_id(text) if text else None for text in texts)
+    return Tokenizer(inner, bos, eos, pad, _chat_template(directory, config))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -157,7 +165,10 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     """Newer directories keep the template in a file of its own; older ones in the config, alone or as a named list."""
     file = directory / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise LoraxError(f"{file}: cannot be read ({_first_line(error)})") from error
     found = config.get("chat_template")
     if isinstance(found, list):
         named = {item.get("name"): item.get("template") for item in found if isinstance(item, Mapping)}
