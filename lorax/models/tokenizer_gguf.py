@@ -17,8 +17,10 @@ from lorax.models.tokenizer import Tokenizer
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 # How text is cut before merging, by the file's `tokenizer.ggml.pre`. Source: the tokenizer.json of each family.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}"
+QWEN2 = rf"{_WORDS}|\p{{N}}|{_OTHERS}"
 PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2}
 GPT2, SMOLLM = ("default", "gpt-2"), "smollm"
 
