@@ -1,0 +1,256 @@
+"""`save_adapter` and `load_adapter`: adapters on disk in PEFT's format.
+
+    adapter_config.json          what PEFT needs to know
+    adapter_model.safetensors    the factors, a pair for each layer; whole weights that trained
+    lorax.json                   roles of the axes, exact scales, and a fingerprint of the base
+
+A zoo model's adapter is one that PEFT loads, and PEFT's adapters for such models load here. Adapters of other trees
+use the same files with names made from their paths. The way in is `peft_read.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from lorax.errors import LoraxError
+from lorax.io import peft_meta, safetensors
+from lorax.io.atomic import replace_dir, write_json
+from lorax.io.peft_config import Module, describe
+from lorax.io.peft_meta import Entry
+from lorax.io.peft_names import PREFIX, Slot, factor_names, modules, short, slot_of
+from lorax.io.peft_read import CONFIG, WEIGHTS, read_adapter
+from lorax.tree import attach, named_leaves
+from lorax.weights import Axes, Concat, Full, LowRank, is_structured
+
+# What a folder may hold and still be replaced as an adapter's.
+_OURS = {CONFIG, WEIGHTS, peft_meta.FILE, "README.md"}
+
+
+def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None) -> None:
+    """Write what an adapted tree changes, whole or not at all, in PEFT's format.
+
+    Low-rank changes become `lora_A (rank, in)` and `lora_B (out, rank)` of each layer; weights that train as they are
+    (`train_also`) become `modules_to_save`. scale = lora_alpha / r holds in the written configuration.
+
+    Args:
+        path: a folder; one that holds an adapter is replaced.
+        params: an adapted tree, or what `extract` took off one (then the base's fingerprint is left out).
+        base_name: the base model's name or folder, for PEFT and for `lorax generate`.
+
+    Raises:
+        LoraxError: nothing in the tree is adapted; the folder holds other files; a kind of change that the format has
+            no place for; a full disk (what was there stays).
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, lorax
+        >>> from lorax.io.peft import load_adapter, save_adapter
+        >>> base = {"dense": {"kernel": jnp.ones((4, 6))}}
+        >>> adapted = lorax.adapt(jax.random.key(0), base, lorax.LoraSpec(targets="*", rank=2))
+        >>> folder = tempfile.mkdtemp()
+        >>> save_adapter(folder, adapted)
+        >>> load_adapter(folder, base)["dense"]["kernel"]
+        LowRank(shape=(4, 6), rank=2, base=float32)
+
+    Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    path, named = Path(path), named_leaves(params)
+    changed = {name: leaf for name, leaf in named if is_structured(leaf)}
+    if not changed:
+        raise LoraxError(f"{path}: nothing in this tree is adapted, so there is no adapter to save; adapt it first")
+    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _OURS):
+        raise LoraxError(f"{path}: is there and holds other things than an adapter; name a folder of its own")
+    weights = {name: _described(name, leaf) for name, leaf in changed.items()}
+    writer = _Writer(weights)
+    for name, leaf in changed.items():
+        writer.add(name, leaf)
+    config = writer.config(base_name, tied=_is_tied(params))
+    base = {name: peft_meta.fingerprint(_base_of(leaf)) for name, leaf in named}
+    notes = {
+        "format": peft_meta.FORMAT,
+        "weights": {name: entry.as_json() for name, entry in weights.items()},
+        "base": {name: value for name, value in base.items() if value is not None},
+    }
+    with replace_dir(path) as new:
+        safetensors.write(new / WEIGHTS, writer.tensors, {"format": "pt"})
+        write_json(new / CONFIG, config)
+        write_json(new / peft_meta.FILE, notes)
+
+
+def load_adapter(path: str | Path, base: Any, *, check_base: bool = True) -> Any:
+    """Read an adapter and put it over its base.
+
+    An adapter that `save_adapter` wrote fits any tree with the paths that it came from. One that PEFT wrote (LoRA or
+    rsLoRA, with rank and alpha patterns, whole modules, biases) fits the zoo's models. Layers of different rank are
+    filled up with zeros to the largest, and layers without a change get zero factors; both are the same function, and
+    training leaves the zeros alone.
+
+    Args:
+        path: the folder.
+        base: the plain tree.
+        check_base: compare the base's values with those that the adapter was trained over.
+
+    Returns:
+        The adapted tree; the arrays of `base` are shared, not copied.
+
+    Raises:
+        LoraxError: a file is missing, cut off or malformed; the adapter is for another base (names the first weight
+            that differs); it uses something that lorax has no equal for (DoRA, a changed base): nothing is dropped.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, lorax
+        >>> from lorax.io.peft import load_adapter, save_adapter
+        >>> base = {"w": jnp.ones((3, 5))}
+        >>> folder = tempfile.mkdtemp()
+        >>> save_adapter(folder, lorax.adapt(jax.random.key(0), base, lorax.LoraSpec(targets="w", rank=1)))
+        >>> load_adapter(folder, {"w": jnp.ones((3, 4))})
+        Traceback (most recent call last):
+            ...
+        lorax.errors.LoraxError: ...: the adapter is for another base: w had shape [3, 5] and has [3, 4] here
+    """
+    return attach(base, read_adapter(Path(path), base, check_base))
+
+
+def _described(name: str, leaf: Any) -> Entry:
+    shape = tuple(leaf.shape) if not (isinstance(leaf, Concat) and None in leaf.parts) else ()
+    if isinstance(leaf, LowRank):
+        _concrete(name, leaf.A, leaf.B, leaf.scale)
+        return Entry("low-rank", shape, leaf.axes, np.asarray(leaf.scale, np.float32))
+    if isinstance(leaf, Full):
+        _concrete(name, leaf.value)
+        return Entry("full", shape, _stack_axes(name, len(shape)))
+    if isinstance(leaf, Concat) and shape and not any(isinstance(p, (LowRank, Concat)) for p in leaf.parts):
+        ends = np.cumsum([0, *leaf.sizes]).tolist()
+        rows = [(ends[i], ends[i + 1]) for i, part in enumerate(leaf.parts) if isinstance(part, Full)]
+        return Entry("pieces", shape, _stack_axes(name, len(shape)), rows=tuple(rows))
+    raise LoraxError(
+        f"{name}: {type(leaf).__name__} of this kind has no place in an adapter's files; save the whole tree"
+    )
+
+
+def _stack_axes(name: str, ndim: int) -> Axes:
+    """A whole weight is cut into layers where the zoo has layers, and nowhere else."""
+    stack = (0,) if slot_of(name, (0,)) else ()
+    return Axes(stack, (), tuple(range(len(stack), ndim)))
+
+
+def _concrete(name: str, *arrays: Any) -> None:
+    if any(isinstance(x, (jax.ShapeDtypeStruct, Tracer)) for x in arrays):
+        raise LoraxError(f"{name}: is abstract, and only values can be saved; save outside jit, from the real tree")
+
+
+def _base_of(leaf: Any) -> Any:
+    """The frozen array behind a leaf. A weight that trained whole no longer has one."""
+    return leaf.base if isinstance(leaf, LowRank) else None if is_structured(leaf) else leaf
+
+
+def _is_tied(params: Any) -> bool:
+    """Whether the tree is a language model whose head is its embedding."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or is_structured(x))
+    tops = {jax.tree_util.keystr(keys[:1], simple=True) for keys, _ in keyed}
+    return "embed" in tops and "lm_head" not in tops
+
+
+class _Writer:
+    """The tensors of an adapter, made when the file is written, and what the configuration says of them."""
+
+    def __init__(self, weights: dict[str, Entry]):
+        self.weights = weights
+        self.tensors: list[safetensors.Entry] = []
+        self.lora: list[Module] = []
+        self.whole: list[str] = []
+        self.slots: list[Slot | None] = []
+        self.biases = False
+        self._names: dict[str, str] = {}
+        # Torch modules that have factors: a bias of theirs cannot be a module to save.
+        self._factored = {m for name, e in weights.items() if e.kind == "low-rank" for m in self._modules(name)}
+
+    def add(self, name: str, leaf: Any) -> None:
+        """All tensors of one weight."""
+        slot = slot_of(name, self.weights[name].axes.stack)
+        self.slots.append(slot)
+        if isinstance(leaf, LowRank):
+            self._factors(name, slot, leaf)
+        elif isinstance(leaf, Full):
+            self._whole(name, slot, leaf.value, 0)
+        else:
+            for (start, _), part in zip(
+                self.weights[name].rows, [p for p in leaf.parts if isinstance(p, Full)], strict=True
+            ):
+                self._whole(name, slot, part.value, start)
+
+    def config(self, base_name: str | None, *, tied: bool) -> dict[str, Any]:
+        """What `adapter_config.json` holds."""
+        more: dict[str, Any] = {"bias": "all"} if self.biases else {}
+        if tied and "embed/embedding" in self.weights:
+            # The change of the table is also one of the head; PEFT does that only when told.
+            more["ensure_weight_tying"] = True
+        causal = all(slot is not None for slot in self.slots)
+        return describe(self.lora, self.whole, base_name=base_name, causal=causal, **more)
+
+    def _modules(self, name: str) -> list[str]:
+        entry = self.weights[name]
+        return modules(name, entry.axes.stack, tuple(entry.shape[a] for a in entry.axes.stack))
+
+    def _factors(self, name: str, slot: Slot | None, leaf: LowRank) -> None:
+        s = len(leaf.axes.stack)
+        stack, rank = leaf.A.shape[:s], leaf.rank
+        scales = np.broadcast_to(np.asarray(leaf.scale, np.float32), stack).reshape(-1)
+        # A table that is read as a head has its roles the other way round: (V, D) = (A B) or (A B)^T.
+        turned = slot is not None and slot.embedding and leaf.axes.inputs == (1,)
+        for i, module in enumerate(self._modules(name)):
+            at = np.unravel_index(i, stack) if stack else ()
+
+            def a(at: Any = at) -> np.ndarray:
+                return np.asarray(leaf.A[at]).reshape(-1, rank).T
+
+            def b(at: Any = at) -> np.ndarray:
+                return np.asarray(leaf.B[at]).reshape(rank, -1).T
+
+            ins, outs = math.prod(leaf.A.shape[s:-1]), math.prod(leaf.B.shape[s + 1 :])
+            names = factor_names(slot, module)
+            pair = [((rank, ins), leaf.A.dtype, a), ((outs, rank), leaf.B.dtype, b)]
+            if turned:
+                pair = [((rank, outs), leaf.B.dtype, lambda b=b: b().T), ((ins, rank), leaf.A.dtype, lambda a=a: a().T)]
+            for tensor, spec in zip(names, pair, strict=True):
+                self._tensor(name, tensor, *spec)
+            self.lora.append(Module(module, short(slot, module), rank, float(scales[i])))
+
+    def _whole(self, name: str, slot: Slot | None, value: Any, first: int) -> None:
+        if slot is None:
+            module = name.replace("/", ".")
+            first_row = f".{first}" if first else ""
+            self._tensor(
+                name, f"{PREFIX}{module}{first_row}.weight", value.shape, value.dtype, lambda: np.asarray(value)
+            )
+            self.whole.append(module)
+            return
+        for i, module in enumerate(
+            self._modules(name)[first : first + value.shape[0]] if slot.layered else self._modules(name)
+        ):
+            at = i if slot.layered else ...
+            shape = value.shape[1:] if slot.layered else value.shape
+
+            def make(at: Any = at) -> np.ndarray:
+                x = np.asarray(value[at])
+                return x.T if slot.transposed else x
+
+            beside = module in self._factored
+            tensor = f"{PREFIX}{module}.{'base_layer.' if beside else ''}{slot.param}"
+            self._tensor(name, tensor, shape[::-1] if slot.transposed else shape, value.dtype, make)
+            self.biases |= beside
+            # By its full name where only some layers trained.
+            part = slot.layered and self.weights[name].kind == "pieces"
+            self.whole += [] if beside else [module if part else short(slot, module)]
+
+    def _tensor(self, path: str, name: str, shape: Any, dtype: Any, make: Callable[[], np.ndarray]) -> None:
+        if name in self._names:
+            raise LoraxError(f"{path} and {self._names[name]} both come out as {name!r} in PEFT's names; rename one")
+        self._names[name] = path
+        self.tensors.append(safetensors.Entry(name, tuple(shape), np.dtype(dtype), make))

@@ -1,0 +1,296 @@
+"""An adapter's files as structured leaves without a base: `read_adapter`.
+
+Two ways in, one way through: `lorax.json` says which weights changed; without it, that is read off the names of the
+tensors. Then every weight's tensors are taken out of the file, and one that is left over is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.errors import LoraxError
+from lorax.io import peft_meta, safetensors
+from lorax.io.peft_config import Settings
+from lorax.io.peft_config import read as read_config
+from lorax.io.peft_meta import Entry
+from lorax.io.peft_names import BY_PATH, PREFIX, Slot, factor_names, find, modules, slot_of
+from lorax.io.stored import StoredTensor
+from lorax.tree import named_leaves
+from lorax.weights import Axes, Concat, Full, LowRank, is_structured
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_adapter(folder: Path, base: Any, check_base: bool) -> dict[str, Any]:
+    """path -> leaf without base, for `attach`.
+
+    Raises:
+        LoraxError: see `load_adapter`.
+    """
+    if not folder.is_dir() or not (folder / CONFIG).is_file():
+        raise LoraxError(f"{folder}: holds no {CONFIG}, so it is no adapter; name the folder that save_adapter wrote")
+    plain = dict(named_leaves(base))
+    adapted = next((name for name, leaf in plain.items() if is_structured(leaf)), None)
+    if adapted is not None:
+        raise LoraxError(f"{adapted}: this tree is adapted already; load the adapter over the plain base")
+    settings, tensors = read_config(folder / CONFIG), safetensors.read(folder / WEIGHTS)
+    notes = folder / peft_meta.FILE
+    if notes.is_file():
+        entries, recorded = peft_meta.read(notes)
+        _check_base(notes, entries, recorded, plain, check_base)
+    else:
+        entries = _entries(folder, settings, tensors, plain)
+    reader = _Reader(folder, settings, tensors, plain, exact=notes.is_file())
+    leaves = {name: reader.leaf(name, entry) for name, entry in entries.items()}
+    reader.finish()
+    return leaves
+
+
+def _check_base(
+    notes: Path, entries: dict[str, Entry], recorded: dict[str, Any], plain: dict[str, Any], by_value: bool
+) -> None:
+    for name, entry in entries.items():
+        if name not in plain:
+            raise LoraxError(f"{notes.parent}: the adapter is for another base: it changes {name}, which is not here")
+        if tuple(plain[name].shape) != entry.shape:
+            have, want = list(plain[name].shape), list(entry.shape)
+            raise LoraxError(
+                f"{notes.parent}: the adapter is for another base: {name} had shape {want} and has {have} here"
+            )
+    if by_value:
+        for name, value in recorded.items():
+            if name not in plain:
+                raise LoraxError(f"{notes.parent}: the adapter is for another base: it had {name}, which is not here")
+            peft_meta.compare(notes, name, value, plain[name])
+
+
+def _entries(
+    folder: Path, settings: Settings, tensors: dict[str, StoredTensor], plain: dict[str, Any]
+) -> dict[str, Entry]:
+    """The changed weights by the tensors' names alone, for an adapter that PEFT wrote."""
+    out: dict[str, Entry] = {}
+    for name in tensors:
+        module, param, low_rank = _parse(folder, name)
+        found = find(module, param)
+        if found is None or found[0].path not in plain:
+            tied = module == "lm_head" and "embed/embedding" in plain
+            why = "the head of this base is its embedding" if tied else "this base has no such weight"
+            raise LoraxError(f"{folder / WEIGHTS}: {name[:100]!r} has no place in this base: {why}")
+        slot, layer = found
+        shape = tuple(plain[slot.path].shape)
+        stack = (0,) if slot.layered else ()
+        if len(shape) < len(stack) + (2 if low_rank else 1) or (slot.layered and layer >= shape[0]):
+            raise LoraxError(
+                f"{folder / WEIGHTS}: the adapter is for another base: it has {name[:100]!r}, "
+                f"and {slot.path} has shape {list(shape)} here"
+            )
+        if low_rank:
+            ndim = len(shape)
+            out[slot.path] = Entry("low-rank", shape, Axes(stack, (ndim - 2,), (ndim - 1,)))
+        elif _is_whole(settings, module, param):
+            out.setdefault(slot.path, Entry("full", shape, Axes(stack, (), tuple(range(len(stack), len(shape))))))
+    _check_meaning(settings, out, plain)
+    return out
+
+
+def _parse(folder: Path, name: str) -> tuple[str, str, bool]:
+    """(module, parameter, whether it is a factor) of a tensor's name."""
+    if name.startswith(PREFIX):
+        body = name[len(PREFIX) :]
+        for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
+            if body.endswith(ending):
+                return body[: -len(ending)], "weight", True
+        module, _, param = body.rpartition(".")
+        if "lora_" not in body and param in ("weight", "bias"):
+            return module.removesuffix(".base_layer"), param, False
+    raise LoraxError(
+        f"{folder / WEIGHTS}: tensor {name[:100]!r} is of no kind that lorax serves; merge the adapter with PEFT first"
+    )
+
+
+def _is_whole(settings: Settings, module: str, param: str) -> bool:
+    saved = any(module == key or module.endswith(f".{key}") or module.endswith(key) for key in settings.whole)
+    return saved or (param == "bias" and settings.bias != "none")
+
+
+def _check_meaning(settings: Settings, entries: dict[str, Entry], plain: dict[str, Any]) -> None:
+    """What the same tensors would mean differently here."""
+    if not entries:
+        raise LoraxError(f"{settings.path}: the adapter changes nothing; its weights file has no factors")
+    if "embed/embedding" in entries and "lm_head/kernel" not in plain and not settings.tied:
+        raise LoraxError(
+            f"{settings.path}: changes embed_tokens but not the head, which this base shares with it; "
+            "that is another model (ensure_weight_tying is off): merge the adapter with PEFT first"
+        )
+    biases = [path for path in plain if path in BY_PATH and BY_PATH[path].param == "bias"]
+    if settings.bias != "none" and biases and not any(path in entries for path in biases):
+        raise LoraxError(f"{settings.path}: bias={settings.bias!r}, and the weights file has no biases; save it again")
+
+
+class _Reader:
+    """Takes the tensors of each weight out of a file."""
+
+    def __init__(
+        self, folder: Path, settings: Settings, tensors: dict[str, StoredTensor], plain: dict[str, Any], exact: bool
+    ):
+        self.file, self.settings, self.tensors, self.plain, self.exact = (
+            folder / WEIGHTS,
+            settings,
+            tensors,
+            plain,
+            exact,
+        )
+        self.left = set(tensors)
+
+    def leaf(self, path: str, entry: Entry) -> Any:
+        """The structured leaf of one weight, without its base."""
+        slot = slot_of(path, entry.axes.stack)
+        if entry.kind == "low-rank":
+            return self._low_rank(path, slot, entry)
+        if entry.kind == "full":
+            return Full(jnp.asarray(self._whole(path, slot, entry, 0, entry.shape[0] if entry.axes.stack else 1)))
+        parts, at = [], 0
+        for start, stop in entry.rows:
+            parts += [self.plain[path][at:start]] if at < start else []
+            parts.append(Full(jnp.asarray(self._whole(path, slot, entry, start, stop))))
+            at = stop
+        parts += [self.plain[path][at:]] if at < entry.shape[0] else []
+        return _fixed(Concat(tuple(parts)))
+
+    def finish(self) -> None:
+        """Refuse tensors that no weight took, but for copies of the base's own embedding and head.
+
+        Raises:
+            LoraxError: names the first.
+        """
+        for name in sorted(self.left):
+            if not self._is_base_copy(name):
+                raise LoraxError(f"{self.file}: tensor {name[:100]!r} belongs to no weight that the adapter changes")
+
+    def _low_rank(self, path: str, slot: Slot | None, entry: Entry) -> LowRank:
+        axes, shape = entry.axes, entry.shape
+        stack, ins, outs = (tuple(shape[a] for a in group) for group in (axes.stack, axes.inputs, axes.outputs))
+        names = modules(path, axes.stack, stack)
+        turned = slot is not None and slot.embedding and axes.inputs == (1,)
+        pairs = [self._pair(path, factor_names(slot, m), math.prod(ins), math.prod(outs), turned) for m in names]
+        ranks = [pair[0].shape[1] for pair in pairs if pair is not None]
+        if not ranks:
+            raise LoraxError(f"{self.file}: has no factors for {path}; the adapter is damaged")
+        rank, kinds = max(ranks), {pair[0].dtype for pair in pairs if pair is not None}
+        dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        # Zeros on both sides of the missing ranks: the same product, and no gradient ever reaches them.
+        a, b = np.zeros((len(names), math.prod(ins), rank), dtype), np.zeros((len(names), rank, math.prod(outs)), dtype)
+        scale = np.full(len(names), np.nan, np.float32)
+        for i, pair in enumerate(pairs):
+            if pair is not None:
+                r = pair[0].shape[1]
+                a[i, :, :r], b[i, :r] = pair
+                scale[i] = self.settings.scale(names[i], r)
+        known = scale[~np.isnan(scale)]
+        scale = np.where(np.isnan(scale), known[0], scale)
+        return LowRank(
+            None,
+            jnp.asarray(a.reshape(*stack, *ins, rank)),
+            jnp.asarray(b.reshape(*stack, rank, *outs)),
+            jnp.asarray(self._scale(path, entry, scale, stack)),
+            axes,
+        )
+
+    def _pair(self, path: str, names: tuple[str, str], ins: int, outs: int, turned: bool) -> tuple[Any, Any] | None:
+        """A (in, r) and B (r, out) of one matrix; None where PEFT left the layer alone."""
+        have = [name in self.tensors for name in names]
+        if not any(have) and not self.exact:
+            return None
+        if not all(have):
+            raise LoraxError(f"{self.file}: lacks {names[have.index(False)]!r}; the adapter is damaged, save it again")
+        first, second = (self._array(name) for name in names)
+        sizes = (outs, ins) if turned else (ins, outs)
+        if (
+            first.ndim != 2
+            or second.ndim != 2
+            or not 1 <= first.shape[0] <= min(sizes)
+            or first.shape[0] != second.shape[1]
+        ):
+            raise LoraxError(
+                f"{self.file}: {path}: factors of shapes {first.shape} and {second.shape} are no pair of a rank "
+                f"from 1 to {min(sizes)}"
+            )
+        if (first.shape[1], second.shape[0]) != sizes:
+            raise LoraxError(
+                f"{self.file}: the adapter is for another base: {path} takes {first.shape[1]} to {second.shape[0]} "
+                f"features there, and {sizes[0]} to {sizes[1]} here"
+            )
+        return (second, first) if turned else (first.T, second.T)
+
+    def _scale(self, path: str, entry: Entry, computed: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
+        if entry.scale is None:
+            same = bool((computed == computed[0]).all())
+            return computed[0].reshape(()) if same else computed.reshape(stack)
+        if not np.allclose(np.broadcast_to(entry.scale, stack).reshape(-1), computed, rtol=1e-4, atol=1e-12):
+            raise LoraxError(
+                f"{self.file.parent}: {CONFIG} and {peft_meta.FILE} disagree about the scale of {path}; "
+                f"if PEFT wrote the folder since, delete {peft_meta.FILE}"
+            )
+        return entry.scale
+
+    def _whole(self, path: str, slot: Slot | None, entry: Entry, start: int, stop: int) -> np.ndarray:
+        if slot is None:
+            name = PREFIX + path.replace("/", ".") + (f".{start}" if start else "") + ".weight"
+            want = (stop - start, *entry.shape[1:]) if entry.kind == "pieces" else entry.shape
+            return self._checked(path, name, want)
+        rows = []
+        for module in modules(path, entry.axes.stack, entry.shape[:1])[start:stop] if slot.layered else [slot.module]:
+            plain, beside = f"{PREFIX}{module}.{slot.param}", f"{PREFIX}{module}.base_layer.{slot.param}"
+            want = entry.shape[1:] if slot.layered else entry.shape
+            x = self._checked(
+                path, beside if beside in self.tensors else plain, want[::-1] if slot.transposed else want
+            )
+            rows.append(x.T if slot.transposed else x)
+        return np.stack(rows) if slot.layered else np.array(rows[0])
+
+    def _checked(self, path: str, name: str, want: tuple[int, ...]) -> np.ndarray:
+        if name not in self.tensors:
+            raise LoraxError(f"{self.file}: lacks {name!r}: {path} was trained as a whole, in all layers or in none")
+        x = self._array(name)
+        if x.shape != tuple(want):
+            raise LoraxError(f"{self.file}: {name!r} has shape {x.shape}, and {path} asks for {tuple(want)}")
+        return x
+
+    def _array(self, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
+        if not tensor.floating:
+            raise LoraxError(
+                f"{self.file}: {name!r} has dtype {tensor.dtype}; factors and weights are floating numbers"
+            )
+        self.left.discard(name)
+        x = tensor.array()
+        wide = x.dtype == np.float64 and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        return x.astype(np.float32) if wide else x
+
+    def _is_base_copy(self, name: str) -> bool:
+        """PEFT stores the base's own table beside factors for it. Only an equal one can be left out."""
+        module, param, factor = _parse(self.file.parent, name)
+        found = find(module, param)
+        if factor or found is None or module not in ("model.embed_tokens", "lm_head") or self.exact:
+            return False
+        slot, tensor = found[0], self.tensors[name]
+        have = self.plain.get(slot.path)
+        if have is None or isinstance(have, jax.ShapeDtypeStruct) or not tensor.floating:
+            return False
+        x = tensor.array()
+        here = np.asarray(have).astype(np.float32)
+        return here.shape == x.T.shape[:: 1 if slot.transposed else -1] and np.allclose(
+            x.T if slot.transposed else x, here, rtol=1e-2, atol=1e-6
+        )
+
+
+def _fixed(leaf: Concat) -> Concat:
+    """A Concat for `attach`, which fills one frozen piece from the base: give it at most that one as a gap."""
+    frozen = [i for i, part in enumerate(leaf.parts) if not is_structured(part)]
+    return Concat(tuple(None if [i] == frozen else part for i, part in enumerate(leaf.parts)))
