@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +64,9 @@ def open_new(path: str | Path) -> Iterator[BinaryIO]:
             os.replace(aside, path)
             _sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        # Only what is left of a failure is still here; its own error is the one to hear about.
+        with suppress(OSError):
+            aside.unlink()
 
 
 @contextmanager
