@@ -6,6 +6,7 @@ The whole public API is re-exported here; there is no second route. `lorax.model
 
 from lorax.adapt import adapt
 from lorax.errors import LoraxError
+from lorax.io.peft import load_adapter, save_adapter
 from lorax.lift import lift
 from lorax.masks import mask, optimizer
 from lorax.report import report
@@ -27,10 +28,12 @@ __all__ = [
     "extract",
     "join",
     "lift",
+    "load_adapter",
     "mask",
     "merge",
     "optimizer",
     "report",
+    "save_adapter",
     "split",
     "unmerge",
 ]
