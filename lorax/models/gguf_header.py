@@ -143,7 +143,8 @@ class _Cursor:
         if kind != ARRAY or depth == MAX_NESTING:
             raise self.wrong(f"{what} has a value of type {kind}, which GGUF does not have here")
         items = self.number("<I", what)
+        size = f"the length of {what}"
         if items in NUMBERS:
             dtype = NUMBERS[items]
-            return np.frombuffer(self.take(self.count(dtype.itemsize, what) * dtype.itemsize, what), dtype)
-        return [self.value(items, what, depth + 1) for _ in range(self.count(8, what))]
+            return np.frombuffer(self.take(self.count(dtype.itemsize, size) * dtype.itemsize, what), dtype)
+        return [self.value(items, what, depth + 1) for _ in range(self.count(8, size))]
