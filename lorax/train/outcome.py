@@ -22,7 +22,7 @@ def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> P
         The folder written.
     """
     if config.method == "lora":
-        save_adapter(out / "adapter", params)
+        save_adapter(out / "adapter", params, base_name=config.base)
         return out / "adapter"
     from lorax.models import save_hf
 
