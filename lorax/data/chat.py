@@ -39,8 +39,7 @@ def encode(record: Record, tokenizer: Any, *, template: bool | None = None) -> E
     their reasoning) leave loss on the last answer alone.
 
     Without it, the tokens are `prompt` (after the beginning-of-sequence token, where the prompt is empty),
-    then `completion` and the end-of-sequence token; the two texts are encoded apart, and are not given a space
-    between them.
+    then those of `completion` and the end-of-sequence token; no space is put between the two texts.
 
     Args:
         record: prompt and completion.
@@ -112,10 +111,12 @@ def _plain(record: Record, tokenizer: Any) -> Example:
     if not isinstance(record.prompt, str):
         raise LoraxError("a conversation needs a chat template; give prompt and completion, or an instruct model")
     prompt = list(tokenizer.encode(record.prompt))
+    whole = list(tokenizer.encode(record.prompt + record.completion))
+    joined = prompt and whole[: len(prompt)] == prompt
+    completion = whole[len(prompt) :] if joined else list(tokenizer.encode(record.completion))
     if not prompt:
-        start = tokenizer.bos_id if tokenizer.bos_id is not None else _end(tokenizer)
-        prompt = [start]
-    return Example(tuple(prompt), (*tokenizer.encode(record.completion), _end(tokenizer)))
+        prompt = [tokenizer.bos_id if tokenizer.bos_id is not None else _end(tokenizer)]
+    return Example(tuple(prompt), (*completion, _end(tokenizer)))
 
 
 def _with_template(record: Record, tokenizer: Any) -> Example:

@@ -78,6 +78,13 @@ def test_plain_text_has_no_template(tokenizer):
     assert encode(Record("", "4"), tokenizer, template=False).prompt_ids == (tokenizer.bos_id,)
 
 
+def test_plain_text_that_tokens_cross_is_encoded_in_parts(tokenizer):
+    example = encode(Record("a\n", "\nb"), tokenizer, template=False)
+    assert example.prompt_ids == tuple(tokenizer.encode("a\n"))
+    assert tokenizer.show(example.completion_ids) == "\nb<|im_end|>"
+    assert len(tokenizer.encode("a\n\nb")) < len(example.ids) - 1  # the two newlines would have been one token
+
+
 def test_a_base_model_without_a_template(tokenizer_with):
     tokenizer = tokenizer_with(None)
     assert tokenizer.show(encode(Record("a", "b"), tokenizer).ids) == "ab<|im_end|>"
