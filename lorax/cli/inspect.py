@@ -53,7 +53,7 @@ class Args:
                     "config": dataclasses.asdict(model.config),
                     "parameters": sum(w["parameters"] for w in weights),
                     "weights": weights,
-                    "report": _plain(about),
+                    "report": about.as_dict(),
                 }
             )
             return
@@ -74,7 +74,3 @@ def _name(path: Any) -> str:
     from lorax.train.checkpoint import path_name
 
     return path_name(path)
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)

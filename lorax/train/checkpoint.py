@@ -29,6 +29,9 @@ import jax.numpy as jnp
 from lorax.errors import LoraxError
 from lorax.train.step import State
 
+# What the index of a checkpoint takes beside its arrays, generously.
+_MARGIN = 1 << 18
+
 
 class Restored(NamedTuple):
     """A state read back, and what was saved beside it."""
@@ -155,15 +158,29 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
     # Orbax takes a second to import; only runs that save should wait for it.
     import orbax.checkpoint as ocp
 
+    arrays = flat(state)
+    _reserve(folder, sum(x.nbytes for x in arrays.values()) + _MARGIN)
     with _one_voice(), ocp.PyTreeCheckpointer() as writer:
-        writer.save((folder / "state").absolute(), flat(state))
+        writer.save((folder / "state").absolute(), arrays)
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
-    record = {"step": int(state.step), "meta": meta, "arrays": _shapes(flat(state)), "sha256": hashes}
+    record = {"step": int(state.step), "meta": meta, "arrays": _shapes(arrays), "sha256": hashes}
     (folder / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in _files(folder):
         _fsync(path)
     for directory in {p.parent for p in _files(folder)}:
         _fsync(directory)
+
+
+def _reserve(folder: Path, size: int) -> None:
+    """Fail now if `size` bytes cannot be written, rather than inside TensorStore, whose threads print tracebacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "reserve"
+    with place.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        elif shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    place.unlink()
 
 
 @contextlib.contextmanager

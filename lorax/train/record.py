@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,29 +97,36 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
-            self._file = path.open("a")
+            # Unbuffered: a row that the disk refused is not tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise LoraxError(f"{path}: cannot be written ({error.strerror})") from error
         self.path = path
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row; it must have `step`."""
+        """Append a row; it must have `step`.
+
+        Raises:
+            LoraxError: the disk is full.
+        """
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._flush(sync=False)
+        line = (json.dumps(row) + "\n").encode()
+        with self._explained():
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Force all rows to the disk."""
-        self._flush(sync=True)
+        with self._explained():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
-    def _flush(self, sync: bool) -> None:
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
+            yield
         except OSError as error:
             raise LoraxError(
                 f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact; "

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import PyTree
 
 from lorax import join, split
@@ -39,6 +40,7 @@ from lorax.train.plot import plot_loss
 from lorax.train.progress import Display
 from lorax.train.receipts import coverage, unmoved
 from lorax.train.record import MetricsLog, environment, read_json
+from lorax.train.schedule import Schedule
 from lorax.train.step import State, init_state, make_step
 
 
@@ -94,6 +96,7 @@ def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
     stream = data.stream(config)
     per_epoch = stream.batches_per_epoch / config.accumulate
     steps = config.steps or max(1, round(config.epochs * per_epoch))
+    optimizer, rate = make_optimizer(config, steps)
     about = {"data": data.sha256, "base": _fingerprint(base.params)}
     record = out / "run.json"
     if record.exists():
@@ -109,7 +112,15 @@ def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
         )
     # The model is code from here on: its parameters live in `params`, some of them structured.
     model = dataclasses.replace(model, params={})
-    return {"model": model, "params": params, "data": data, "stream": stream, "steps": steps}
+    return {
+        "model": model,
+        "params": params,
+        "data": data,
+        "stream": stream,
+        "steps": steps,
+        "optimizer": optimizer,
+        "rate": rate,
+    }
 
 
 def _fingerprint(params: PyTree) -> str:
@@ -136,16 +147,19 @@ class _Run:
     data: Dataset
     stream: TrainStream
     steps: int
+    optimizer: optax.GradientTransformation
+    rate: Schedule
     evals: list[dict[str, Any]] = field(default_factory=list)
 
     def go(self) -> dict[str, Any]:
         state = self._begin()
-        if not self.evals:
-            self._evaluate(0, state.trainable)
-            self._save(state)
-        if self._due(int(state.step)):
-            self._evaluate(int(state.step), state.trainable)
-        state = self._train(state)
+        with contextlib.closing(self.log):
+            if not self.evals:
+                self._evaluate(0, state.trainable)
+                self._save(state)
+            if self._due(int(state.step)):
+                self._evaluate(int(state.step), state.trainable)
+            state = self._train(state)
         if self.evals[-1]["step"] != self.steps:
             self._evaluate(self.steps, state.trainable)
         return self._finish(state)
@@ -154,7 +168,6 @@ class _Run:
         """The state to start from: fresh, or the newest whole checkpoint with its data position."""
         config = self.config
         trainable, self.frozen = split(self.params)
-        self.optimizer, self.rate = make_optimizer(config, self.steps)
         state = init_state(trainable, self.optimizer, config.seed)
         self.params = None  # the state has its own copy of what trains; the first one can go
         head_trains = methods.head_trains(trainable, self.model.config)
@@ -226,7 +239,6 @@ class _Run:
         self.stop.check()
 
     def _finish(self, state: State) -> dict[str, Any]:
-        self.log.close()
         receipts = coverage(state)
         saved = save_result(self.out, self.model, join(state.trainable, self.frozen), self.config)
         plot_loss(self.out / "loss.png", self.log.rows, self.evals, f"{self.config.method} on {self.data.name}")

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from lorax.errors import LoraxError
+from lorax.train import checkpoint
 from lorax.train.checkpoint import Checkpoints, flat
 from lorax.train.step import State, init_state
 
@@ -148,8 +149,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(store, monkeypatch, call):
     assert store.steps() == [1, 2]
 
 
-def test_a_size_limit_inside_orbax_is_a_clean_error(store):
-    # The limit stops the array writer itself, deep inside TensorStore, as a full disk does.
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_size_limit_is_a_clean_error(store, monkeypatch, reserved):
+    # As on a full disk: found by the reservation; without it, by TensorStore's own threads.
+    if not reserved:
+        monkeypatch.setattr(checkpoint, "_reserve", lambda folder, size: folder.mkdir(parents=True))
     store.save(state_at(1), {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))

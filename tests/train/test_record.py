@@ -71,3 +71,28 @@ def test_a_record_that_cannot_be_read_names_the_file(tmp_path, text, says):
         path.write_text(text)
     with pytest.raises(LoraxError, match=rf"run\.json.*{says}"):
         read_json(path)
+
+
+@pytest.mark.parametrize("written", [0, 9])
+def test_a_full_disk_names_the_way_out_and_keeps_whole_rows(tmp_path, written):
+    class Full:
+        """A file on a disk with room for a few more bytes."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, line):
+            return self.file.write(line[:written])
+
+        def close(self):
+            self.file.close()
+
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.add({"step": 1})
+    log._file = Full(log._file)
+    with pytest.raises(LoraxError, match=r"metrics\.jsonl.*--resume"):
+        log.add({"step": 2})
+    log.close()
+    MetricsLog(path, upto=2).close()
+    assert steps_in(path) == [1]
