@@ -69,13 +69,15 @@ def resolve_base(name: str | os.PathLike[str]) -> Path:
         return _from_hub(text[3:])
     if text in BUILT_IN:
         return _from_wheel(text, BUILT_IN[text])
-    path = Path(text)
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    path = Path(text).expanduser()
+    if (text and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return path
     known = ", ".join(BUILT_IN)
-    if path.exists():
+    if text and path.exists():
         raise LoraxError(f"{text}: is neither a directory nor a .gguf file; name one of those, hf:org/name, or {known}")
-    raise LoraxError(f"{text}: no such base; name a directory, a .gguf file, hf:org/name, or a built-in name ({known})")
+    raise LoraxError(
+        f"{text or 'an empty name'}: no such base; name a directory, a .gguf file, hf:org/name, or a built-in name ({known})"
+    )
 
 
 def _from_hub(repo: str) -> Path:

@@ -50,7 +50,7 @@ def test_texts_come_back(smollm):
         assert smollm.decode(ids, skip_special=False) == text
 
 
-# Bytes that SmolLM2's vocabulary lacks: six control characters, and the first bytes of planes that Unicode leaves empty.
+# Bytes that SmolLM2's vocabulary lacks: six control characters, and first bytes of planes that Unicode leaves empty.
 LACKING = set(b"\x04\x06\x13\x14\x16\x1d\xf1\xf2")
 
 
