@@ -75,9 +75,8 @@ def resolve_base(name: str | os.PathLike[str]) -> Path:
     known = ", ".join(BUILT_IN)
     if text and path.exists():
         raise LoraxError(f"{text}: is neither a directory nor a .gguf file; name one of those, hf:org/name, or {known}")
-    raise LoraxError(
-        f"{text or 'an empty name'}: no such base; name a directory, a .gguf file, hf:org/name, or a built-in name ({known})"
-    )
+    said = text or "an empty name"
+    raise LoraxError(f"{said}: no such base; name a directory, a .gguf file, hf:org/name, or a built-in name ({known})")
 
 
 def _from_hub(repo: str) -> Path:
