@@ -5,13 +5,11 @@
     lorax.json                   roles of the axes, exact scales, and a fingerprint of the base
 
 A zoo model's adapter is one that PEFT loads, and PEFT's adapters for such models load here. Adapters of other trees
-use the same files with names made from their paths. The way in is `peft_read.py`.
+use the same files with names made from their paths. The way out is `peft_write.py`, the way in `peft_read.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ from jax.core import Tracer
 from lorax.errors import LoraxError
 from lorax.io import peft_meta, safetensors
 from lorax.io.atomic import replace_dir, write_json
-from lorax.io.peft_config import Module, describe
 from lorax.io.peft_meta import Entry
-from lorax.io.peft_names import PREFIX, Slot, factor_names, modules, short, slot_of
+from lorax.io.peft_names import slot_of
 from lorax.io.peft_read import CONFIG, WEIGHTS, read_adapter
+from lorax.io.peft_write import Writer
 from lorax.tree import attach, named_leaves
 from lorax.weights import Axes, Concat, Full, LowRank, is_structured
 
@@ -67,10 +65,10 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None)
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _OURS):
         raise LoraxError(f"{path}: is there and holds other things than an adapter; name a folder of its own")
     weights = {name: _described(name, leaf) for name, leaf in changed.items()}
-    writer = _Writer(weights)
+    writer = Writer(weights, {name: leaf for name, leaf in named if name not in changed}, _is_tied(params))
     for name, leaf in changed.items():
         writer.add(name, leaf)
-    config = writer.config(base_name, tied=_is_tied(params))
+    config = writer.config(base_name)
     base = {name: peft_meta.fingerprint(_base_of(leaf)) for name, leaf in named}
     notes = {
         "format": peft_meta.FORMAT,
@@ -155,102 +153,3 @@ def _is_tied(params: Any) -> bool:
     keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or is_structured(x))
     tops = {jax.tree_util.keystr(keys[:1], simple=True) for keys, _ in keyed}
     return "embed" in tops and "lm_head" not in tops
-
-
-class _Writer:
-    """The tensors of an adapter, made when the file is written, and what the configuration says of them."""
-
-    def __init__(self, weights: dict[str, Entry]):
-        self.weights = weights
-        self.tensors: list[safetensors.Entry] = []
-        self.lora: list[Module] = []
-        self.whole: list[str] = []
-        self.slots: list[Slot | None] = []
-        self.biases = False
-        self._names: dict[str, str] = {}
-        # Torch modules that have factors: a bias of theirs cannot be a module to save.
-        self._factored = {m for name, e in weights.items() if e.kind == "low-rank" for m in self._modules(name)}
-
-    def add(self, name: str, leaf: Any) -> None:
-        """All tensors of one weight."""
-        slot = slot_of(name, self.weights[name].axes.stack)
-        self.slots.append(slot)
-        if isinstance(leaf, LowRank):
-            self._factors(name, slot, leaf)
-        elif isinstance(leaf, Full):
-            self._whole(name, slot, leaf.value, 0)
-        else:
-            for (start, _), part in zip(
-                self.weights[name].rows, [p for p in leaf.parts if isinstance(p, Full)], strict=True
-            ):
-                self._whole(name, slot, part.value, start)
-
-    def config(self, base_name: str | None, *, tied: bool) -> dict[str, Any]:
-        """What `adapter_config.json` holds."""
-        more: dict[str, Any] = {"bias": "all"} if self.biases else {}
-        if tied and "embed/embedding" in self.weights:
-            # The change of the table is also one of the head; PEFT does that only when told.
-            more["ensure_weight_tying"] = True
-        causal = all(slot is not None for slot in self.slots)
-        return describe(self.lora, self.whole, base_name=base_name, causal=causal, **more)
-
-    def _modules(self, name: str) -> list[str]:
-        entry = self.weights[name]
-        return modules(name, entry.axes.stack, tuple(entry.shape[a] for a in entry.axes.stack))
-
-    def _factors(self, name: str, slot: Slot | None, leaf: LowRank) -> None:
-        s = len(leaf.axes.stack)
-        stack, rank = leaf.A.shape[:s], leaf.rank
-        scales = np.broadcast_to(np.asarray(leaf.scale, np.float32), stack).reshape(-1)
-        # A table that is read as a head has its roles the other way round: (V, D) = (A B) or (A B)^T.
-        turned = slot is not None and slot.embedding and leaf.axes.inputs == (1,)
-        for i, module in enumerate(self._modules(name)):
-            at = np.unravel_index(i, stack) if stack else ()
-
-            def a(at: Any = at) -> np.ndarray:
-                return np.asarray(leaf.A[at]).reshape(-1, rank).T
-
-            def b(at: Any = at) -> np.ndarray:
-                return np.asarray(leaf.B[at]).reshape(rank, -1).T
-
-            ins, outs = math.prod(leaf.A.shape[s:-1]), math.prod(leaf.B.shape[s + 1 :])
-            names = factor_names(slot, module)
-            pair = [((rank, ins), leaf.A.dtype, a), ((outs, rank), leaf.B.dtype, b)]
-            if turned:
-                pair = [((rank, outs), leaf.B.dtype, lambda b=b: b().T), ((ins, rank), leaf.A.dtype, lambda a=a: a().T)]
-            for tensor, spec in zip(names, pair, strict=True):
-                self._tensor(name, tensor, *spec)
-            self.lora.append(Module(module, short(slot, module), rank, float(scales[i])))
-
-    def _whole(self, name: str, slot: Slot | None, value: Any, first: int) -> None:
-        if slot is None:
-            module = name.replace("/", ".")
-            first_row = f".{first}" if first else ""
-            self._tensor(
-                name, f"{PREFIX}{module}{first_row}.weight", value.shape, value.dtype, lambda: np.asarray(value)
-            )
-            self.whole.append(module)
-            return
-        for i, module in enumerate(
-            self._modules(name)[first : first + value.shape[0]] if slot.layered else self._modules(name)
-        ):
-            at = i if slot.layered else ...
-            shape = value.shape[1:] if slot.layered else value.shape
-
-            def make(at: Any = at) -> np.ndarray:
-                x = np.asarray(value[at])
-                return x.T if slot.transposed else x
-
-            beside = module in self._factored
-            tensor = f"{PREFIX}{module}.{'base_layer.' if beside else ''}{slot.param}"
-            self._tensor(name, tensor, shape[::-1] if slot.transposed else shape, value.dtype, make)
-            self.biases |= beside
-            # By its full name where only some layers trained.
-            part = slot.layered and self.weights[name].kind == "pieces"
-            self.whole += [] if beside else [module if part else short(slot, module)]
-
-    def _tensor(self, path: str, name: str, shape: Any, dtype: Any, make: Callable[[], np.ndarray]) -> None:
-        if name in self._names:
-            raise LoraxError(f"{path} and {self._names[name]} both come out as {name!r} in PEFT's names; rename one")
-        self._names[name] = path
-        self.tensors.append(safetensors.Entry(name, tuple(shape), np.dtype(dtype), make))

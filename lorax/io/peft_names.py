@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 PREFIX = "base_model.model."
 LAYER = "model.layers.{i}."
+TABLE, HEAD = "model.embed_tokens", "lm_head"
 _IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.+)")
 
 
@@ -39,9 +40,9 @@ class Slot:
 
 def _slots() -> list[Slot]:
     out = [
-        Slot("embed/embedding", "model.embed_tokens", embedding=True),
+        Slot("embed/embedding", TABLE, embedding=True),
         Slot("norm/scale", "model.norm"),
-        Slot("lm_head/kernel", "lm_head", transposed=True),
+        Slot("lm_head/kernel", HEAD, transposed=True),
         Slot("layers/attn_norm/scale", f"{LAYER}input_layernorm"),
         Slot("layers/mlp_norm/scale", f"{LAYER}post_attention_layernorm"),
     ]

@@ -19,7 +19,7 @@ from lorax.io import peft_meta, safetensors
 from lorax.io.peft_config import Settings
 from lorax.io.peft_config import read as read_config
 from lorax.io.peft_meta import Entry
-from lorax.io.peft_names import BY_PATH, PREFIX, Slot, factor_names, find, modules, slot_of
+from lorax.io.peft_names import BY_PATH, HEAD, PREFIX, TABLE, Slot, factor_names, find, modules, slot_of
 from lorax.io.stored import StoredTensor
 from lorax.tree import named_leaves
 from lorax.weights import Axes, Concat, Full, LowRank, is_structured
@@ -77,9 +77,11 @@ def _entries(
     out: dict[str, Entry] = {}
     for name in tensors:
         module, param, low_rank = _parse(folder, name)
+        if _is_tied_copy(name, tensors, plain):
+            continue
         found = find(module, param)
         if found is None or found[0].path not in plain:
-            tied = module == "lm_head" and "embed/embedding" in plain
+            tied = module == HEAD and "embed/embedding" in plain
             why = "the head of this base is its embedding" if tied else "this base has no such weight"
             raise LoraxError(f"{folder / WEIGHTS}: {name[:100]!r} has no place in this base: {why}")
         slot, layer = found
@@ -112,6 +114,14 @@ def _parse(folder: Path, name: str) -> tuple[str, str, bool]:
     raise LoraxError(
         f"{folder / WEIGHTS}: tensor {name[:100]!r} is of no kind that lorax serves; merge the adapter with PEFT first"
     )
+
+
+def _is_tied_copy(name: str, tensors: dict[str, StoredTensor], plain: dict[str, Any]) -> bool:
+    """Whether a tensor is the head of a tied model, kept beside the table that it is equal to."""
+    table = tensors.get(f"{PREFIX}{TABLE}.weight")
+    if name != f"{PREFIX}{HEAD}.weight" or table is None or "lm_head/kernel" in plain:
+        return False
+    return table.shape == tensors[name].shape and np.array_equal(table.array(), tensors[name].array())
 
 
 def _is_whole(settings: Settings, module: str, param: str) -> bool:
@@ -164,13 +174,13 @@ class _Reader:
         return _fixed(Concat(tuple(parts)))
 
     def finish(self) -> None:
-        """Refuse tensors that no weight took, but for copies of the base's own embedding and head.
+        """Refuse tensors that no weight took, but for copies of the base's own weights.
 
         Raises:
             LoraxError: names the first.
         """
         for name in sorted(self.left):
-            if not self._is_base_copy(name):
+            if not (self._is_base_copy(name) or _is_tied_copy(name, self.tensors, self.plain)):
                 raise LoraxError(f"{self.file}: tensor {name[:100]!r} belongs to no weight that the adapter changes")
 
     def _low_rank(self, path: str, slot: Slot | None, entry: Entry) -> LowRank:
@@ -274,20 +284,23 @@ class _Reader:
         return x.astype(np.float32) if wide else x
 
     def _is_base_copy(self, name: str) -> bool:
-        """PEFT stores the base's own table beside factors for it. Only an equal one can be left out."""
+        """Whether a tensor repeats the base: PEFT stores the table beside factors for it, and whole modules.
+
+        Only an equal one can be left out.
+        """
         module, param, factor = _parse(self.file.parent, name)
-        found = find(module, param)
-        if factor or found is None or module not in ("model.embed_tokens", "lm_head") or self.exact:
+        found, tensor = find(module, param), self.tensors[name]
+        if factor or found is None:
             return False
-        slot, tensor = found[0], self.tensors[name]
-        have = self.plain.get(slot.path)
+        (slot, layer), have = found, self.plain.get(found[0].path)
         if have is None or isinstance(have, jax.ShapeDtypeStruct) or not tensor.floating:
             return False
-        x = tensor.array()
-        here = np.asarray(have).astype(np.float32)
-        return here.shape == x.T.shape[:: 1 if slot.transposed else -1] and np.allclose(
-            x.T if slot.transposed else x, here, rtol=1e-2, atol=1e-6
-        )
+        if slot.layered and layer >= have.shape[0]:
+            return False
+        here = np.asarray(have[layer] if slot.layered else have, np.float32)
+        there = np.asarray(tensor.array(), np.float32)
+        here = here.T if slot.transposed else here
+        return here.shape == there.shape and np.allclose(there, here, rtol=1e-2, atol=1e-6)
 
 
 def _fixed(leaf: Concat) -> Concat:

@@ -66,6 +66,8 @@ OURS = {
     },
     "norms whole": {"targets": "*/v_proj/kernel", "rank": 3, "train_also": ("norm/scale", "*/attn_norm/scale")},
     "biases": {"targets": "*/q_proj/kernel", "rank": 3, "train_also": "*/bias"},
+    "projections whole": {"targets": "*/q_proj/kernel", "rank": 3, "train_also": "*/k_proj/kernel"},
+    "projections and biases whole": {"targets": "*/q_proj/kernel", "rank": 3, "train_also": "*/k_proj/*"},
     "embedding": {"targets": ("embed/embedding", "*/o_proj/kernel"), "rank": 3},
     "embedding whole": {"targets": "*/o_proj/kernel", "rank": 3, "train_also": "embed/embedding"},
 }
