@@ -46,6 +46,8 @@ class Args:
         keep_compiled_programs()
         model, params = open_model(source)
         tokens = model.tokenizer
+        if tokens is None:
+            raise LoraxError(f"{source.base}: has no tokenizer.json, and text cannot be read without one")
         if self.chat:
             ids = tokens.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
         else:

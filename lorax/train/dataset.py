@@ -93,6 +93,7 @@ def prepare(config: TrainConfig, tokenizer: Any, say: Say) -> Dataset:
     Raises:
         LoraxError: a malformed line (file and line), an empty set, or too few examples to hold some out.
     """
+    _need(tokenizer)
     name, train, rest = _records(config, say)
     examples = encode_all(train, tokenizer, seq_len=config.seq_len, say=say)
     held_out = _fitting(name, rest, tokenizer, config.eval_items, config.batch_size, config.seq_len)
@@ -109,8 +110,16 @@ def held_out(
     Raises:
         LoraxError: a malformed or empty file.
     """
+    _need(tokenizer)
     name, records = (task, demo(task).heldout) if task else (str(path), list(Jsonl(str(path))))
     return _fitting(name, records, tokenizer, items, batch_size, seq_len)
+
+
+def _need(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise LoraxError(
+            "the base has no tokenizer.json, and text cannot be read without one; put it beside the weights"
+        )
 
 
 def _records(config: TrainConfig, say: Say) -> tuple[str, list[Record], list[Record]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -27,11 +26,12 @@ class Display:
 
     Args:
         quiet: no bars even on a terminal (`--json`).
+        console: another place than standard error.
     """
 
-    def __init__(self, *, quiet: bool = False):
-        self.console = Console(stderr=True, highlight=False)
-        self.live = not quiet and sys.stderr.isatty()
+    def __init__(self, *, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(stderr=True, highlight=False)
+        self.live = not quiet and self.console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description:<14}"),
             BarColumn(bar_width=30),
@@ -54,7 +54,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line that the user should not miss."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """A new bar: `what`, of `total` units, of which `done` are behind us."""

@@ -105,7 +105,6 @@ def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
             if before.get("sha256", {}).get(what) != about[what]:
                 raise LoraxError(f"{out}: the {what} is not what the run began with; cannot resume on another {what}")
     else:
-        out.mkdir(parents=True, exist_ok=True)
         atomic.write_json(
             record,
             {"config": config.as_json(), "steps": steps, "sha256": about, "environment": environment()},

@@ -1,13 +1,15 @@
 """`lorax train` and what can be done with its folder, in this process, on the tiny base."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lorax import cli
-from lorax.models import load
+from lorax.data import Jsonl, encode
+from lorax.models import generate, load
 from lorax.train.config import TrainConfig
 from lorax.train.runner import run
 
@@ -61,6 +63,44 @@ def test_whole_weights_are_saved_as_a_model_that_loads(settings, tmp_path, metho
     ids = jnp.asarray([[5, 77, 9, 130]])
     assert not np.allclose(trained.apply(trained.params, ids), base.apply(base.params, ids), atol=1e-6)
     assert report["eval"]["after"]["loss"] < report["eval"]["before"]["loss"]
+
+
+def test_exact_match_is_what_greedy_decoding_writes(settings, tmp_path, tiny_data):
+    report = run(settings(method="full", steps=80, lr=1e-2, save_every=80), tmp_path / "run")
+    model = load(tmp_path / "run" / "model")
+    records = list(Jsonl(tiny_data[1]))
+    examples = [encode(record, model.tokenizer) for record in records]
+    longest = max(len(example.completion_ids) for example in examples)
+    written = generate(model, model.params, [list(example.prompt_ids) for example in examples], longest)
+    exact = 0
+    for ids, example in zip(written, examples, strict=True):
+        want = [i for i in example.completion_ids if i != model.tokenizer.eos_id]
+        exact += [i for i in ids if i != model.tokenizer.eos_id] == want
+    assert exact > 0
+    np.testing.assert_allclose(report["eval"]["after"]["accuracy"], exact / len(examples))
+
+
+def test_a_rate_too_small_for_float32_is_an_error_after_saving(settings, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "never moved" in refused(capsys, *words(settings(), "--out", out, "--lr", "1e-46"))
+    receipts = json.loads((out / "report.json").read_text())["coverage"]
+    assert receipts
+    assert not any(receipt["moved"] for receipt in receipts)
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_base_without_tokenizer_is_refused(settings, tiny_base, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_base, bare)
+    (bare / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused(capsys, *words(settings(base=str(bare)), "--out", tmp_path / "run"))
+    assert "tokenizer.json" in refused(capsys, "generate", "--base", bare, "--prompt", "x")
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(settings, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert "run" in refused(capsys, *words(settings(), "--out", tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_packing_and_remat_train_too(settings, tmp_path):
