@@ -1,0 +1,52 @@
+"""`lorax bench`: figures of this machine, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from lorax.bench import record
+from lorax.bench.train_step import BenchConfig, run
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure the LoRA step against PEFT, full fine-tuning and its own floor, all taking turns in one run.
+
+    Example: lorax bench train --peer-python .venv-peers/bin/python --out bench.json
+    """
+
+    what: tyro.conf.Positional[Literal["train"]]
+    """What to measure."""
+    config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
+    out: str | None = None
+    """Write the result as JSON here."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self, words: Sequence[str]) -> None:
+        from lorax.cli.output import print_json, print_table
+
+        result = run(self.config)
+        if self.out is not None:
+            record.write(self.out, result)
+        if self.json:
+            print_json(result)
+            return
+        times = [(name, f"{t['median']:.3f}", f"{t['least']:.3f}") for name, t in result["seconds"].items()]
+        print_table(("", "seconds (median)", "least"), times, f"{result['machine']['processor']}")
+        print_table(("figure", "value", "must be", ""), table(result))
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows of the figures: name, value, bound, and whether it holds."""
+    rows = []
+    for name, figure in result["figures"].items():
+        value = "not measured" if figure["value"] is None else f"{figure['value']:.2f}"
+        bound = "" if figure["bound"] is None else f"at {figure['bound'][0]} {figure['bound'][1]}"
+        met = {True: "yes", False: "NO", None: ""}[figure["met"]]
+        rows.append((name.replace("_", " "), value, bound, met))
+    return rows
