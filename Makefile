@@ -12,14 +12,18 @@ PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-locat
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: quickstart test test-peers lint base clean check-python
+.PHONY: quickstart test suite test-peers lint base clean check-python
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 40 --batch-size 16 \
 		--rank 16 --lr 1e-3 --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-test: lint base
-	$(BIN)/python -m pytest tests --ignore=tests/peers -m "not peers" -n $(WORKERS) --dist loadfile -q
+test: lint suite
+
+# The tests alone. TESTS picks some: make suite TESTS=tests/lift
+TESTS ?= tests
+suite: base
+	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers -m "not peers" -n $(WORKERS) --dist loadfile -q
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -33,7 +37,7 @@ base: $(VENV)/.tested
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -c "import torch, transformers, peft"
 	$(PEERS)/bin/python -m lorax.models.resolve smollm2-135m
-	$(PEERS)/bin/python -m pytest tests/peers -m peers -q
+	$(PEERS)/bin/python -m pytest tests/peers -m peers -q  # no test at all is exit code 5
 
 check-python:
 	@test -n "$(VERSION)" || { echo "lorax: '$(PYTHON)' does not run; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 2; }
