@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax.choose import choose
@@ -22,6 +21,7 @@ from lorax.weights import (
     dense,
     is_structured,
     low_rank_delta,
+    wider,
     with_children,
 )
 
@@ -176,7 +176,7 @@ def unmerge(params: Any, adapter: Any) -> Any:
         if not isinstance(change, LowRank):
             return leaf
         delta = low_rank_delta(change)
-        wide = jnp.promote_types(leaf.dtype, delta.dtype)
+        wide = wider(leaf.dtype, delta.dtype)
         return (leaf.astype(wide) - delta.astype(wide)).astype(leaf.dtype)
 
     return map_named(one, params)

@@ -211,6 +211,12 @@ def low_rank_delta(weight: LowRank) -> Float[Array, "*shape"]:
     return jnp.transpose(ab, inverse_order(weight.axes.order))
 
 
+def wider(one: Any, other: Any) -> Any:
+    """The dtype that holds both; said outright, since a strict session promotes nothing by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
+
+
 def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
     """The permutation that undoes `order`."""
     return tuple(order.index(axis) for axis in range(len(order)))
@@ -223,7 +229,7 @@ def dense(leaf: Any) -> Any:
         if leaf.base is None:
             return delta
         base = dense(leaf.base)
-        wide = jnp.promote_types(base.dtype, delta.dtype)
+        wide = wider(base.dtype, delta.dtype)
         return (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
     if isinstance(leaf, Full):
         return leaf.value

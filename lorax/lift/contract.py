@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 Labels = tuple[Hashable, ...]
 
@@ -49,6 +48,6 @@ def arrange(x: jax.Array, labels: Sequence[Hashable], out: Sequence[Hashable]) -
     present = [label for label in out if label in labels]
     order = tuple(labels.index(label) for label in present)
     if order != tuple(range(len(order))):
-        x = jnp.transpose(x, order)
+        x = jax.lax.transpose(x, order)
     missing = tuple(i for i, label in enumerate(out) if label not in labels)
-    return jnp.expand_dims(x, missing) if missing else x
+    return jax.lax.expand_dims(x, missing) if missing else x

@@ -65,6 +65,11 @@ def abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Value) else x
 
 
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """A cast that leaves nothing in the trace where there is nothing to do."""
+    return x if x.dtype == dtype else jax.lax.convert_element_type(x, dtype)
+
+
 def densify(x: Any) -> Any:
     """The dense array of a value; anything else as it is."""
     return x.dense() if isinstance(x, Value) else x
@@ -103,14 +108,17 @@ class Factored(Value):
         x, holds = (self.a, self.in_a) if which == "a" else (self.b, self.in_b)
         gone = tuple(axis for axis in range(self.ndim) if not holds(axis))
         kept = tuple(label for axis, label in enumerate(labels) if axis not in gone)
-        return jnp.squeeze(x, gone).astype(self.dtype), (*kept, RANK)
+        return cast(jax.lax.squeeze(x, gone) if gone else x, self.dtype), (*kept, RANK)
 
     def scaled(self, h: jax.Array, h_labels: Labels, labels: Labels) -> jax.Array:
         """scale * h, where the scale may differ along the stacked axes that h carries."""
         gone = tuple(axis for axis in range(self.ndim) if self.scale.shape[axis] == 1)
         kept = tuple(label for axis, label in enumerate(labels) if axis not in gone)
-        scale = arrange(jnp.squeeze(self.scale, gone), kept, h_labels)
-        return h * scale.astype(h.dtype)
+        scale = cast(jax.lax.squeeze(self.scale, gone), h.dtype)
+        order = [label for label in h_labels if label in kept]
+        if order != list(kept):
+            scale = jax.lax.transpose(scale, [kept.index(label) for label in order])
+        return h * jax.lax.broadcast_in_dim(scale, h.shape, [h_labels.index(label) for label in order])
 
     def delta(self) -> jax.Array:
         """scale * a b as a dense array that broadcasts against the weight."""
@@ -185,12 +193,14 @@ def open_leaf(leaf: Any, path: str) -> Any:
 def _open_low_rank(leaf: LowRank, path: str) -> Factored:
     stack, inputs, outputs = leaf.axes.stack, leaf.axes.inputs, leaf.axes.outputs
     s, i, o = len(stack), len(inputs), len(outputs)
-    a = leaf.A.reshape(*leaf.A.shape[: s + i], *[1] * o, leaf.rank)
-    # B is (stack, rank, out): the rank goes last, the input axes become ones.
-    b = jnp.moveaxis(leaf.B, s, -1).reshape(*leaf.B.shape[:s], *[1] * i, *leaf.B.shape[s + 1 :], leaf.rank)
-    scale = leaf.scale.reshape(*(leaf.scale.shape or [1] * s), *[1] * (i + o))
+    # The factors' own axes stay in order; those they do not have come in as ones. B's rank goes from (stack, rank, out)
+    # to the end.
+    a = jax.lax.expand_dims(leaf.A, range(s + i, s + i + o))
+    last = (*range(s), *range(s + 1, s + 1 + o), s)
+    b = jax.lax.expand_dims(jax.lax.transpose(leaf.B, last), range(s, s + i))
+    scale = jax.lax.expand_dims(leaf.scale, range(leaf.scale.ndim, s + i + o))
     order = inverse_order(leaf.axes.order)
     if order != tuple(range(s + i + o)):
-        a, b = (jnp.transpose(x, (*order, len(order))) for x in (a, b))
-        scale = jnp.transpose(scale, order)
+        a, b = (jax.lax.transpose(x, (*order, len(order))) for x in (a, b))
+        scale = jax.lax.transpose(scale, order)
     return Factored(open_leaf(leaf.base, path), a, b, scale, path)

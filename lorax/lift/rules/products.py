@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lorax.lift.contract import arrange, contract
 from lorax.lift.interpreter import Interpreter, rule, where_structured
-from lorax.lift.values import RANK, Factored, Unsupported
+from lorax.lift.values import RANK, Factored, Unsupported, cast
 
 CONTRADICTION = (
     "its factors were shaped for another use ({what}); "
@@ -34,7 +34,7 @@ def dot_general(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     summed, batched = eqn.params["dimension_numbers"]
     w_labels, x_labels, out_labels = _dot_labels(weight.ndim, x.ndim, summed, batched, side)
     delta = low_rank_product(x, x_labels, weight, w_labels, out_labels, eqn.params["precision"], weight_first=side == 0)
-    return [out + delta.astype(out.dtype)]
+    return [out + cast(delta, out.dtype)]
 
 
 def _dot_labels(w_ndim: int, x_ndim: int, summed: Any, batched: Any, side: int) -> tuple[Any, Any, Any]:
@@ -69,7 +69,7 @@ def low_rank_product(
     y_factor, y_factor_labels = weight.factor(second, w_labels)
     x, x_labels = _sum_absent(x, x_labels, (*h_factor_labels, *y_factor_labels), keep)
     h, h_labels = contract(x, x_labels, h_factor, h_factor_labels, keep | {RANK}, precision, _accumulator(x.dtype))
-    h = weight.scaled(h, h_labels, w_labels).astype(weight.dtype)
+    h = cast(weight.scaled(h, h_labels, w_labels), weight.dtype)
     if weight_first:
         y, y_labels = contract(y_factor, y_factor_labels, h, h_labels, keep, precision)
     else:
