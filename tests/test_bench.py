@@ -76,6 +76,7 @@ def test_a_run_without_a_peer_measures_the_rest_and_says_so(base, tmp_path):
     assert all(len(times["all"]) == 2 for times in result["seconds"].values())
     assert result["versions"]["jax"] == jax.__version__
     assert result["config"]["threads"] == 1
+    assert len(result["machine"]["load_average"]) == 2
     assert result["memory"]["lora"]["temporary_bytes"] > 0
     rows = {row[0]: row[1:] for row in table(result)}
     assert rows["tokens per second against peft"] == ("not measured", "at least 1.3", "")

@@ -93,6 +93,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         run(BenchConfig(peer_python=".venv-peers/bin/python"))["figures"]["tokens_per_second_against_peft"]
     """
     config.check()
+    busy = [os.getloadavg()[0]]
     config = dataclasses.replace(config, threads=config.threads or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
         base = str(Path(folder) / "base")
@@ -100,10 +101,12 @@ def run(config: BenchConfig) -> dict[str, Any]:
             worker.ask(op="save", base=config.base, folder=base)
         memory = _memories(config, base)
         timed = _times(config, base)
+    # Against the threads of the workers: more than those, and something else was running.
+    busy.append(os.getloadavg()[0])
     return {
         "bench": "train_step",
         "config": dataclasses.asdict(config),
-        "machine": record.machine(),
+        "machine": {**record.machine(), "load_average": busy},
         "versions": {**record.versions(), **timed.pop("peer_versions")},
         "figures": figures(config, timed["seconds"], timed["floor"], memory),
         **timed,
