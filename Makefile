@@ -16,7 +16,7 @@ WORKERS ?= 2
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 40 --batch-size 16 \
-		--rank 16 --lr 1e-3 --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+		--rank 16 --lr 1e-3 --schedule linear --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 test: lint suite
 
@@ -31,12 +31,12 @@ lint: $(VENV)/.tested
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 base: $(VENV)/.tested
-	$(BIN)/python -m lorax.models.resolve smollm2-135m
+	$(BIN)/python -c "from lorax.models import resolve_base; print(resolve_base('smollm2-135m'))"
 
 # The wider tier: torch, transformers and PEFT beside lorax. It fails, and does not skip, if they are missing.
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -c "import torch, transformers, peft"
-	$(PEERS)/bin/python -m lorax.models.resolve smollm2-135m
+	$(PEERS)/bin/python -c "from lorax.models import resolve_base; print(resolve_base('smollm2-135m'))"
 	$(PEERS)/bin/python -m pytest tests/peers -m peers -q  # no test at all is exit code 5
 
 check-python:

