@@ -15,8 +15,8 @@ WORKERS ?= 2
 .PHONY: quickstart test suite test-peers lint base clean check-python
 
 quickstart: $(VENV)/.installed
-	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 40 --batch-size 16 \
-		--rank 16 --lr 1e-3 --schedule linear --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 64 --batch-size 16 \
+		--rank 16 --lr 1e-3 --schedule linear --warmup 4 --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 test: lint suite
 
