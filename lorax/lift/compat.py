@@ -62,6 +62,11 @@ def subfuns(eqn: Any) -> tuple[Any, ...]:
     return tuple(f.call_wrapped for f in eqn.primitive.get_bind_params(eqn.params)["subfuns"])
 
 
+def cotangents(returned: Any) -> list[Any]:
+    """What the backward callable of a custom_vjp gives: a list of cotangents; from JAX 0.12 on, that and logs."""
+    return list(returned[0] if isinstance(returned, tuple) and isinstance(returned[0], list) else returned)
+
+
 def value_of(atom: Any, env: dict[Any, Any]) -> Any:
     """The value of an operand: a literal's own, or what the walk has stored for the variable."""
     return atom.val if isinstance(atom, Literal) else env[atom]

@@ -87,7 +87,7 @@ def custom_vjp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
         residuals, inner = saved
 
         def dense_rule(*xs: Any) -> list[Any]:
-            return [_array_of(ct) for ct in bwd(*xs)]
+            return [_array_of(ct, x) for ct, x in zip(compat.cotangents(bwd(*xs)), inner, strict=True)]
 
         shapes = [abstract(x) for x in (*residuals, *cotangents)]
         cts = _arrays(interp.run(jax.make_jaxpr(dense_rule)(*shapes), [*residuals, *cotangents]))
@@ -97,17 +97,20 @@ def custom_vjp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     return function(*args)
 
 
-def _array_of(ct: Any) -> Any:
-    """JAX marks a cotangent that the rule left out with an object that has only a shape."""
-    if isinstance(ct, jax.Array) or not hasattr(ct, "aval"):
+def _array_of(ct: Any, primal: Any) -> Any:
+    """A cotangent as an array. One that the rule left out is None or an object without values, as JAX's version has it;
+
+    one of an integer operand has no values either and is dropped again in `_cotangent`.
+    """
+    if isinstance(ct, jax.Array) and ct.dtype != jax.dtypes.float0:
         return ct
-    return jnp.zeros(ct.aval.shape, ct.aval.dtype)
+    return jnp.zeros(primal.shape, primal.dtype)
 
 
 def _cotangent(primal: Any, dw: jax.Array) -> Any:
     """The cotangent of each array of a weight from the dense dW."""
     if not isinstance(primal, Value):
-        return dw
+        return dw if jnp.issubdtype(primal.dtype, jnp.inexact) else None
     if not isinstance(primal, Factored):
         raise Unsupported(f"a {type(primal).__name__} cannot enter a custom_vjp")
     labels = tuple(range(primal.ndim))

@@ -88,6 +88,14 @@ def no_gradient_for_x(x, w):
 no_gradient_for_x.defvjp(lambda x, w: (x @ w, x), lambda x, ct: (None, x.T @ ct))
 
 
+@jax.custom_vjp
+def rows_times(i, x, w):
+    return x[i] @ w
+
+
+rows_times.defvjp(lambda i, x, w: (x[i] @ w, (i, x, w)), lambda r, ct: (None, 0 * r[1], r[1][r[0]].T @ ct))
+
+
 def sharded(w, x):
     mesh = jax.make_mesh((4,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
     body = lambda x, w: jax.lax.psum(x @ w, "m")  # noqa: E731
@@ -260,6 +268,7 @@ CASES = [
         (x(4, 3),),
     ),
     Case("custom_vjp without one gradient", (3, 5), IN_OUT, lambda w, x: no_gradient_for_x(x, w), (x(4, 3),)),
+    Case("custom_vjp with an integer", (3, 5), IN_OUT, lambda w, x: rows_times(jnp.array([2, 0]), x, w), (x(4, 3),)),
     Case("vmap inside", (3, 5), IN_OUT, lambda w, x: jax.vmap(lambda row: row @ w)(x), (x(4, 3),)),
     Case("vmap over experts", (4, 3, 5), STACKED, lambda w, x: jax.vmap(lambda x, w: x @ w)(x, w), (x(4, 6, 3),)),
     Case(
