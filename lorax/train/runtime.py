@@ -1,10 +1,10 @@
 """Settings of the process that make XLA on CPU faster. The command line applies them; the library never does.
 
-Two things, both measured on two CPU cores with SmolLM2-135M:
+Two things:
 
 - Compiled programs are kept in the user's cache folder: the second start of the same run skips the compiler.
 - On Linux, glibc is asked for huge pages. A step allocates gigabytes of temporaries that are mapped and
-  unmapped each time; with 4 KiB pages the kernel spends 10 to 20% of the step on page faults. The setting is
+  unmapped each time; with 4 KiB pages the kernel spends a part of the step on page faults. The setting is
   read when a process starts, so the process replaces itself once, before anything heavy is imported.
 """
 
