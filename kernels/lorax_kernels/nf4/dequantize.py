@@ -1,0 +1,79 @@
+"""Blocks to arrays, in plain JAX: the reference that every kernel is tested against, and the CPU's implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from lorax_kernels.nf4.array import GROUP, QuantizedArray
+from lorax_kernels.nf4.dynamic8 import lookup8
+from lorax_kernels.nf4.formats import FORMATS
+
+
+def dequantize(q: QuantizedArray, dtype: Any = None) -> Float[Array, "*shape"]:
+    """The array that a `QuantizedArray` stands for.
+
+    Args:
+        q: what `quantize` returned.
+        dtype: of the result; by default that of the array that was quantised. Values are computed in float32 and
+            rounded once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lorax_kernels import nf4
+        >>> nf4.dequantize(nf4.quantize(jnp.full((3, 5), 2.0)))[0, 0]
+        Array(2., dtype=float32)
+    """
+    dtype = q.dtype if dtype is None else jnp.dtype(dtype)
+    if q.format == "bf16":
+        return q.codes.astype(dtype)
+    scales = resolve_scales(q)
+    if q.format == "int8":
+        return (q.codes.astype(jnp.float32) * (scales * jnp.float32(1 / 127))[..., None]).astype(dtype)
+    codebook = FORMATS[q.format].codebook
+    assert codebook is not None, f"{q.format} has no codebook"
+    if q.is_regular:
+        values = four_bit_rows(q.codes, scales, codebook, q.block_size, dtype)
+        return values.reshape(q.shape)
+    n = math.prod(q.slice_shape)
+    codes = q.codes.reshape(-1, q.codes.shape[-1])
+    pad = scales.shape[-1] * q.block_size // 2 - codes.shape[-1]
+    codes = jnp.pad(codes, ((0, 0), (0, pad)))
+    values = four_bit_rows(codes, scales.reshape(codes.shape[0], -1), codebook, q.block_size, dtype)
+    return values[:, :n].reshape(q.shape)
+
+
+def four_bit_rows(
+    codes: UInt8[Array, "*rows bytes"],
+    scales: Float32[Array, "*rows blocks"],
+    codebook: np.ndarray,
+    block_size: int,
+    dtype: Any,
+) -> Float[Array, "*rows values"]:
+    """Rows of whole blocks: look up both halves of each byte, multiply with the block's scale."""
+    table = jnp.asarray(codebook)
+    high = table.at[(codes >> 4).astype(jnp.int32)].get(mode="promise_in_bounds")
+    low = table.at[(codes & 15).astype(jnp.int32)].get(mode="promise_in_bounds")
+    pairs = jnp.stack([high, low], axis=-1).reshape(*scales.shape, block_size)
+    return (pairs * scales[..., None]).astype(dtype).reshape(*codes.shape[:-1], -1)
+
+
+def resolve_scales(q: QuantizedArray) -> Float32[Array, "*stack_and_blocks"]:
+    """The float32 scales: second level undone."""
+    if q.scales2 is None:
+        return q.scales  # pyright: ignore[reportReturnType]
+    stack = q.stack
+    codes = q.scales.reshape(*stack, -1)  # pyright: ignore[reportOptionalMemberAccess]
+    if q.map8 is None:
+        values = lookup8(codes)
+    else:
+        values = jnp.take_along_axis(q.map8, codes.astype(jnp.int32), axis=-1)
+    second = jnp.repeat(q.scales2, GROUP, axis=-1)[..., : codes.shape[-1]]
+    # The product is rounded before the sum, as in the original; a fused multiply-add would round once.
+    product = jax.lax.optimization_barrier(values * second)
+    return (product + q.offset[..., None]).reshape(q.scales.shape)  # pyright: ignore
