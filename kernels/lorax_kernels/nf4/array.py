@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Num
 
+from lorax_kernels.nf4.codebooks import FOUR_BIT
+
 GROUP = 256  # scales that share a second-level scale
 
 
@@ -32,7 +34,8 @@ class QuantizedArray:
     scales2: second-level scales, one for each 256 scales of a slice; None without double quantisation.
     offset: the mean of a slice's scales, subtracted before they are quantised; None without double quantisation.
     map8: the codebook of the scales where a file brought its own; None for `dynamic_map()`.
-    slice_shape: the shape of one slice, without the stacked axes.
+    core_ndim: how many axes a slice has, without the stacked ones.
+    flat_shape: the shape of a slice where the codes are flat, else None.
     format: a row of `lorax_kernels.nf4.FORMATS`.
     block_size: values that share a scale.
     dtype_name: the dtype of the array that was quantised, and of what `dequantize` gives.
@@ -43,21 +46,34 @@ class QuantizedArray:
     scales2: Float32[Array, "*stack groups"] | None
     offset: Float32[Array, "*stack"] | None
     map8: Float32[Array, "*stack 256"] | None
-    slice_shape: tuple[int, ...]
+    core_ndim: int
+    flat_shape: tuple[int, ...] | None
     format: str
     block_size: int
     dtype_name: str
 
     @property
+    def is_regular(self) -> bool:
+        """Whether the codes keep the array's own axes: whole blocks fit into the last one."""
+        return self.flat_shape is None
+
+    @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the stacked axes."""
-        core = len(self.slice_shape) if self.is_regular else 1
+        core = self.core_ndim if self.is_regular else 1
         return tuple(self.codes.shape[: self.codes.ndim - core])
 
     @property
-    def is_regular(self) -> bool:
-        """Whether the codes keep the array's own axes (whole blocks fit into the last one)."""
-        return regular(self.slice_shape, self.format, self.block_size)
+    def slice_shape(self) -> tuple[int, ...]:
+        """The shape of one slice. Read off the codes where they keep the axes: a part of them is a smaller array."""
+        if self.flat_shape is not None:
+            return self.flat_shape
+        *rows, last = self.codes.shape[self.codes.ndim - self.core_ndim :]
+        return (*rows, last * self.values_per_code)
+
+    @property
+    def values_per_code(self) -> int:
+        return 2 if self.format in FOUR_BIT else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +90,7 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays that hold it."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def bits(self) -> float:
@@ -85,16 +101,13 @@ class QuantizedArray:
         return f"QuantizedArray(shape={self.shape}, format={self.format}, {self.bits:.3f} bits, dtype={self.dtype_name})"
 
 
-def regular(slice_shape: tuple[int, ...], format: str, block_size: int) -> bool:
+def is_regular(slice_shape: tuple[int, ...], format: str, block_size: int) -> bool:
     """Whether blocks never cross a row of the last axis, so that codes and scales keep the array's axes."""
-    if format in ("int8", "bf16"):
-        return True
-    return bool(slice_shape) and slice_shape[-1] % block_size == 0
+    return bool(slice_shape) and (format not in FOUR_BIT or slice_shape[-1] % block_size == 0)
 
 
 jax.tree_util.register_dataclass(
     QuantizedArray,
     data_fields=["codes", "scales", "scales2", "offset", "map8"],
-    meta_fields=["slice_shape", "format", "block_size", "dtype_name"],
+    meta_fields=["core_ndim", "flat_shape", "format", "block_size", "dtype_name"],
 )
-

@@ -55,12 +55,16 @@ def four_bit_rows(
     block_size: int,
     dtype: Any,
 ) -> Float[Array, "*rows values"]:
-    """Rows of whole blocks: look up both halves of each byte, multiply with the block's scale."""
-    table = jnp.asarray(codebook)
-    high = table.at[(codes >> 4).astype(jnp.int32)].get(mode="promise_in_bounds")
-    low = table.at[(codes & 15).astype(jnp.int32)].get(mode="promise_in_bounds")
-    pairs = jnp.stack([high, low], axis=-1).reshape(*scales.shape, block_size)
-    return (pairs * scales[..., None]).astype(dtype).reshape(*codes.shape[:-1], -1)
+    """Rows of whole blocks: look up the two values of each byte at once, multiply with the block's scale.
+
+    One gather of pairs from 256 is what XLA's CPU compiler turns into the fewest instructions; a gather of single
+    values from 16, in this order of the nibbles, took twice as long, a tree of selects ten times.
+    """
+    byte = np.arange(256)
+    pairs = jnp.asarray(np.stack([codebook[byte >> 4], codebook[byte & 15]], axis=-1))
+    values = pairs.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+    values = values.reshape(*scales.shape, block_size) * scales[..., None]
+    return values.astype(dtype).reshape(*codes.shape[:-1], -1)
 
 
 def resolve_scales(q: QuantizedArray) -> Float32[Array, "*stack_and_blocks"]:

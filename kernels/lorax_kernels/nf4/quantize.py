@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from lorax_kernels.nf4.array import GROUP, QuantizedArray, regular
+from lorax_kernels.nf4.array import GROUP, QuantizedArray, is_regular
 from lorax_kernels.nf4.dynamic8 import quantize_blocks
 from lorax_kernels.nf4.formats import FORMATS, check
 from lorax_kernels.nf4.mean import mean
@@ -69,29 +68,19 @@ def quantize_unchecked(x: Array, block_size: int, double_quant: bool, format: st
     """`quantize` without its checks; can be traced."""
     shape, dtype = x.shape, str(x.dtype)
     slice_shape = shape[stack:]
+    whole = is_regular(slice_shape, format, block_size)
+    meta = (len(slice_shape), None if whole else slice_shape, format, block_size, dtype)
     if format == "bf16":
-        return QuantizedArray(x.astype(jnp.bfloat16), None, None, None, None, slice_shape, format, block_size, dtype)
+        return QuantizedArray(x.astype(jnp.bfloat16), None, None, None, None, *meta)
     if format == "int8":
-        codes, absmax = _int8(x.astype(jnp.float32))
-        return QuantizedArray(codes, absmax, None, None, None, slice_shape, format, block_size, dtype)
+        return QuantizedArray(*_int8(x.astype(jnp.float32)), None, None, None, *meta)
     flat = x.reshape(math.prod(shape[:stack]), math.prod(slice_shape)).astype(jnp.float32)
     codes, absmax = four_bit(flat, block_size, format)
-    scales, scales2, offset = absmax, None, None
-    if double_quant:
-        scales, scales2, offset = jax.vmap(quantize_scales)(absmax)
-    rows = slice_shape[:-1] if regular(slice_shape, format, block_size) else ()
-    put: Any = lambda a: None if a is None else a.reshape(*shape[:stack], *a.shape[1:])  # noqa: E731
-    return QuantizedArray(
-        codes.reshape(*shape[:stack], *rows, -1),
-        scales.reshape(*shape[:stack], *rows, -1),
-        put(scales2),
-        put(offset),
-        None,
-        slice_shape,
-        format,
-        block_size,
-        dtype,
-    )
+    scales, scales2, offset = jax.vmap(quantize_scales)(absmax) if double_quant else (absmax, None, None)
+    front = shape[:stack]
+    rows = (*front, *(slice_shape[:-1] if whole else ()), -1)
+    scales2, offset = jax.tree.map(lambda a: a.reshape(*front, *a.shape[1:]), (scales2, offset))
+    return QuantizedArray(codes.reshape(rows), scales.reshape(rows), scales2, offset, None, *meta)
 
 
 def four_bit(
