@@ -9,6 +9,7 @@ from lorax.errors import LoraxError
 from lorax.io.peft import load_adapter, save_adapter
 from lorax.lift import lift
 from lorax.masks import mask, optimizer
+from lorax.quant import Quantized, dequantize, loftq, quantize, requantize
 from lorax.report import report
 from lorax.spec import LoraSpec
 from lorax.tree import attach, extract, join, merge, split, unmerge
@@ -23,16 +24,21 @@ __all__ = [
     "LoraSpec",
     "LoraxError",
     "LowRank",
+    "Quantized",
     "adapt",
     "attach",
+    "dequantize",
     "extract",
     "join",
     "lift",
     "load_adapter",
+    "loftq",
     "mask",
     "merge",
     "optimizer",
+    "quantize",
     "report",
+    "requantize",
     "save_adapter",
     "split",
     "unmerge",

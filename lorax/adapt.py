@@ -14,6 +14,7 @@ from lorax.choose import choose, is_all_linear, is_floating_matrix, is_head, lin
 from lorax.errors import LoraxError
 from lorax.lift.roles import Ledger, axis_uses
 from lorax.paths import path_of
+from lorax.quantized import Quantized
 from lorax.spec import LoraSpec
 from lorax.weights import Axes, Full, LowRank, check_rank, is_structured
 
@@ -62,6 +63,9 @@ def adapt(
     also = set(choose(spec.also_patterns, named, "train_also")) - set(targets)
     if not targets and not also:
         raise LoraxError("LoraSpec names nothing to train: give targets or train_also")
+    for path, leaf in named:
+        if path in also and isinstance(leaf, Quantized):
+            raise LoraxError(f"{path}: is quantised and cannot train as a whole; leave it out of quantize or of train_also")
     leaves = []
     for path, leaf in named:
         if path in targets:

@@ -54,6 +54,8 @@ class Structured:
     """Base of the structured leaves: an immutable pytree that knows which of its fields train."""
 
     TRAINS: ClassVar[frozenset[str]] = frozenset()
+    # Fields that are facts about the leaf, not arrays.
+    META: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,11 +69,19 @@ class Structured:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def dense(self) -> jax.Array:
+        """The plain array that the leaf stands for, in its own dtype."""
+        raise TypeError(f"{type(self).__name__} has no dense form")
 
-def _register(cls: type, data: tuple[str, ...], meta: tuple[str, ...] = ()) -> None:
-    jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(meta))
+
+def register(cls: Any) -> Any:
+    """Make a structured leaf a pytree: its META fields are static, the others hold arrays."""
+    names = [f.name for f in fields(cls)]
+    data, meta = [n for n in names if n not in cls.META], [n for n in names if n in cls.META]
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
 
 
+@register
 @dataclass(frozen=True, eq=False)
 class LowRank(Structured):
     """A weight with a low-rank change beside it: W = base + scale * A B.
@@ -92,6 +102,7 @@ class LowRank(Structured):
     axes: Axes
 
     TRAINS: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    META: ClassVar[frozenset[str]] = frozenset({"axes"})
 
     @property
     def rank(self) -> int:
@@ -111,11 +122,20 @@ class LowRank(Structured):
     def dtype(self) -> Any:
         return self.A.dtype if self.base is None else self.base.dtype
 
+    def dense(self) -> jax.Array:
+        delta = low_rank_delta(self)
+        if self.base is None:
+            return delta
+        base = dense(self.base)
+        wide = wider(base.dtype, delta.dtype)
+        return (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
+
     def __repr__(self) -> str:
         base = "no base" if self.base is None else f"{jnp.dtype(self.base.dtype).name}"
         return f"LowRank(shape={self.shape}, rank={self.rank}, base={base})"
 
 
+@register
 @dataclass(frozen=True, eq=False)
 class Full(Structured):
     """A plain weight that trains as it is: W = value. `train_also` and full fine-tuning make these."""
@@ -132,10 +152,14 @@ class Full(Structured):
     def dtype(self) -> Any:
         return self.value.dtype
 
+    def dense(self) -> jax.Array:
+        return dense(self.value)
+
     def __repr__(self) -> str:
         return f"Full(shape={self.shape})"
 
 
+@register
 @dataclass(frozen=True, eq=False)
 class Concat(Structured):
     """A stacked weight in pieces: W = concatenate(parts, axis=0), each part an array or another leaf.
@@ -159,13 +183,11 @@ class Concat(Structured):
     def sizes(self) -> tuple[int, ...]:
         return tuple(part.shape[0] for part in self.parts)
 
+    def dense(self) -> jax.Array:
+        return jnp.concatenate([dense(part) for part in self.parts], axis=0)
+
     def __repr__(self) -> str:
         return f"Concat({', '.join(map(repr_part, self.parts))})"
-
-
-_register(LowRank, ("base", "A", "B", "scale"), ("axes",))
-_register(Full, ("value",))
-_register(Concat, ("parts",))
 
 
 def repr_part(part: Any) -> str:
@@ -224,23 +246,12 @@ def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
 
 def dense(leaf: Any) -> Any:
     """The plain array that a leaf stands for, in its own dtype. Plain arrays come back as they are."""
-    if isinstance(leaf, LowRank):
-        delta = low_rank_delta(leaf)
-        if leaf.base is None:
-            return delta
-        base = dense(leaf.base)
-        wide = wider(base.dtype, delta.dtype)
-        return (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
-    if isinstance(leaf, Full):
-        return leaf.value
-    if isinstance(leaf, Concat):
-        return jnp.concatenate([dense(part) for part in leaf.parts], axis=0)
-    return leaf
+    return leaf.dense() if isinstance(leaf, Structured) else leaf
 
 
 def children(leaf: Structured) -> list[tuple[str, Any]]:
     """The data fields of a structured leaf by name, in order (what trains is asked by name)."""
-    return [(f.name, getattr(leaf, f.name)) for f in fields(leaf) if f.name != "axes"]  # pyright: ignore[reportArgumentType]
+    return [(f.name, getattr(leaf, f.name)) for f in fields(leaf) if f.name not in leaf.META]  # pyright: ignore[reportArgumentType]
 
 
 def with_children(leaf: Any, values: dict[str, Any]) -> Any:

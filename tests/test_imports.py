@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-CORE = {"errors", "paths", "spec", "weights", "choose", "adapt", "tree", "masks", "report", "lift", "variants", "quant"}
+CORE = {"errors", "paths", "spec", "weights", "choose", "adapt", "tree", "masks", "report", "lift", "variants", "quant", "quantized", "optim"}
 LAYERS = [
     CORE | {"multi"},
     {"models", "io", "data", "train", "analysis", "plan"},

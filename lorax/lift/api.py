@@ -12,7 +12,8 @@ import numpy as np
 from lorax.errors import LoraxError
 from lorax.lift import control, derivatives, rules  # noqa: F401  (registers the rules)
 from lorax.lift.interpreter import Interpreter
-from lorax.lift.values import Value, abstract, densify, open_leaf
+from lorax.lift.opening import open_leaf
+from lorax.lift.values import Value, abstract, densify
 from lorax.paths import path_of
 from lorax.weights import is_structured
 

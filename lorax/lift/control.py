@@ -141,10 +141,13 @@ class _Slot:
     """One scanned operand as arrays: those that have the scanned axis are rows, the others are closed over."""
 
     def __init__(self, x: Any, length: int):
+        x = x.before_scan() if isinstance(x, Value) else x
         leaves, self.treedef = jax.tree_util.tree_flatten(x)
-        self.scanned = [leaf.shape[0] == length for leaf in leaves]
+        self.scanned = [leaf.ndim > 0 and leaf.shape[0] == length for leaf in leaves]
         self.rows = [leaf for leaf, rows in zip(leaves, self.scanned, strict=True) if rows]
-        self.fixed = [jnp.squeeze(leaf, 0) for leaf, rows in zip(leaves, self.scanned, strict=True) if not rows]
+        # A factor that does not vary along the scanned axis has size one there; a scalar has no such axis.
+        fixed = [leaf for leaf, rows in zip(leaves, self.scanned, strict=True) if not rows]
+        self.fixed = [jnp.squeeze(leaf, 0) if leaf.ndim else leaf for leaf in fixed]
 
     def rebuild(self, rows: list[Any]) -> Any:
         """The operand of one step."""
@@ -164,6 +167,7 @@ def shard_map(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
         _no_value(outs, "the result of a shard_map")
         return tuple(outs)
 
+    args = [arg.before_shards() if isinstance(arg, Value) else arg for arg in args]
     pairs = zip(args, params["in_specs"], strict=True)
     specs = tuple(arg.specs(spec) if isinstance(arg, Value) else spec for arg, spec in pairs)
     mapped = jax.shard_map(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lorax.lift import compat
 from lorax.lift.contract import arrange, contract
 from lorax.lift.interpreter import Interpreter, control
+from lorax.lift.packed import Packed, Still
 from lorax.lift.values import RANK, Factored, Unsupported, Value, abstract
 
 
@@ -51,6 +52,8 @@ def _tangent(primal: Any, tangent: Any) -> Any:
     """The tangent of a weight as a weight: product rule in the factors, one change on top of the other."""
     if not isinstance(primal, Value):
         return tangent
+    if isinstance(primal, (Packed, Still)):
+        return Still(jax.ShapeDtypeStruct(primal.shape, primal.dtype), primal.path)
     if not isinstance(primal, Factored):
         raise Unsupported(f"a {type(primal).__name__} cannot enter a custom_jvp")
     scale = primal.scale[..., None].astype(primal.a.dtype)
@@ -111,6 +114,8 @@ def _cotangent(primal: Any, dw: jax.Array) -> Any:
     """The cotangent of each array of a weight from the dense dW."""
     if not isinstance(primal, Value):
         return dw if jnp.issubdtype(primal.dtype, jnp.inexact) else None
+    if isinstance(primal, Packed):
+        return None
     if not isinstance(primal, Factored):
         raise Unsupported(f"a {type(primal).__name__} cannot enter a custom_vjp")
     labels = tuple(range(primal.ndim))

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lorax.lift.contract import Labels, arrange, contract
-from lorax.weights import Concat, Full, LowRank, inverse_order
 
 RANK = "rank"
 
@@ -44,6 +43,14 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    def before_scan(self) -> Value:
+        """The value as it can be scanned over; raises Unsupported if it cannot."""
+        return self
+
+    def before_shards(self) -> Value:
+        """The value in a form whose arrays can be split along the weight's axes."""
+        return self
 
     def inside_scan(self) -> Value:
         """The value of one step of a scan, once each of its arrays has lost the scanned axis."""
@@ -92,6 +99,14 @@ class Factored(Value):
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    def before_scan(self) -> Factored:
+        base = self.base.before_scan() if isinstance(self.base, Value) else self.base
+        return replace(self, base=base)
+
+    def before_shards(self) -> Factored:
+        base = self.base.before_shards() if isinstance(self.base, Value) else self.base
+        return replace(self, base=base)
 
     def in_a(self, axis: int) -> bool:
         """Whether `a` depends on an axis. An axis of size one counts as a's, so that each axis has a home."""
@@ -177,30 +192,3 @@ class Pieces(Value):
 
 jax.tree_util.register_dataclass(Factored, data_fields=["base", "a", "b", "scale"], meta_fields=["path"])
 jax.tree_util.register_dataclass(Pieces, data_fields=["parts"], meta_fields=["path"])
-
-
-def open_leaf(leaf: Any, path: str) -> Any:
-    """A leaf of an adapted tree as the walk sees it: an array or a `Value`."""
-    if isinstance(leaf, Full):
-        return leaf.value
-    if isinstance(leaf, Concat):
-        return Pieces(tuple(open_leaf(part, path) for part in leaf.parts), path)
-    if isinstance(leaf, LowRank):
-        return _open_low_rank(leaf, path)
-    return leaf
-
-
-def _open_low_rank(leaf: LowRank, path: str) -> Factored:
-    stack, inputs, outputs = leaf.axes.stack, leaf.axes.inputs, leaf.axes.outputs
-    s, i, o = len(stack), len(inputs), len(outputs)
-    # The factors' own axes stay in order; those they do not have come in as ones. B's rank goes from (stack, rank, out)
-    # to the end.
-    a = jax.lax.expand_dims(leaf.A, range(s + i, s + i + o))
-    last = (*range(s), *range(s + 1, s + 1 + o), s)
-    b = jax.lax.expand_dims(jax.lax.transpose(leaf.B, last), range(s, s + i))
-    scale = jax.lax.expand_dims(leaf.scale, range(leaf.scale.ndim, s + i + o))
-    order = inverse_order(leaf.axes.order)
-    if order != tuple(range(s + i + o)):
-        a, b = (jax.lax.transpose(x, (*order, len(order))) for x in (a, b))
-        scale = jax.lax.transpose(scale, order)
-    return Factored(open_leaf(leaf.base, path), a, b, scale, path)

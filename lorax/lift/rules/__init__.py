@@ -5,8 +5,9 @@ lookups      gather: rows of an embedding, experts of a stack
 shapes       transpose, reshape, slices, broadcasts: a weight in, a weight out
 elementwise  casts, copies, constants, constraints: a weight in, a weight out
 pieces       weights cut along axis 0
+packed       quantised weights
 """
 
-from lorax.lift.rules import elementwise, lookups, pieces, products, shapes
+from lorax.lift.rules import elementwise, lookups, packed, pieces, products, shapes
 
-__all__ = ["elementwise", "lookups", "pieces", "products", "shapes"]
+__all__ = ["elementwise", "lookups", "packed", "pieces", "products", "shapes"]

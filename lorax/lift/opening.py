@@ -1,0 +1,41 @@
+"""Leaves of an adapted tree as the walk sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from lorax.lift.packed import Packed
+from lorax.lift.values import Factored, Pieces
+from lorax.quantized import Quantized
+from lorax.weights import Concat, Full, LowRank, inverse_order
+
+
+def open_leaf(leaf: Any, path: str) -> Any:
+    """A leaf of an adapted tree as the walk sees it: an array or a `Value`."""
+    if isinstance(leaf, Full):
+        return leaf.value
+    if isinstance(leaf, Concat):
+        return Pieces(tuple(open_leaf(part, path) for part in leaf.parts), path)
+    if isinstance(leaf, LowRank):
+        return _open_low_rank(leaf, path)
+    if isinstance(leaf, Quantized):
+        return Packed.open(leaf, path)
+    return leaf
+
+
+def _open_low_rank(leaf: LowRank, path: str) -> Factored:
+    stack, inputs, outputs = leaf.axes.stack, leaf.axes.inputs, leaf.axes.outputs
+    s, i, o = len(stack), len(inputs), len(outputs)
+    # The factors' own axes stay in order; those they do not have come in as ones. B's rank goes from (stack, rank, out)
+    # to the end.
+    a = jax.lax.expand_dims(leaf.A, range(s + i, s + i + o))
+    last = (*range(s), *range(s + 1, s + 1 + o), s)
+    b = jax.lax.expand_dims(jax.lax.transpose(leaf.B, last), range(s, s + i))
+    scale = jax.lax.expand_dims(leaf.scale, range(leaf.scale.ndim, s + i + o))
+    order = inverse_order(leaf.axes.order)
+    if order != tuple(range(s + i + o)):
+        a, b = (jax.lax.transpose(x, (*order, len(order))) for x in (a, b))
+        scale = jax.lax.transpose(scale, order)
+    return Factored(open_leaf(leaf.base, path), a, b, scale, path)
