@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-CORE = {"errors", "paths", "spec", "weights", "choose", "adapt", "tree", "masks", "report", "lift", "variants", "quant", "quantized", "optim"}
+CORE = {"errors", "paths", "spec", "weights", "choose", "adapt", "tree", "masks", "report", "lift", "variants"}
+CORE |= {"quant", "quantized", "optim"}
 LAYERS = [
     CORE | {"multi"},
     {"models", "io", "data", "train", "analysis", "plan"},

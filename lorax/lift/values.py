@@ -133,7 +133,8 @@ class Factored(Value):
         order = [label for label in h_labels if label in kept]
         if order != list(kept):
             scale = jax.lax.transpose(scale, [kept.index(label) for label in order])
-        return h * jax.lax.broadcast_in_dim(scale, h.shape, [h_labels.index(label) for label in order])
+        # lax, not operators: this runs for every adapted product, and operators trace through a jit of their own.
+        return jax.lax.mul(h, jax.lax.broadcast_in_dim(scale, h.shape, [h_labels.index(label) for label in order]))
 
     def delta(self) -> jax.Array:
         """scale * a b as a dense array that broadcasts against the weight."""

@@ -1,7 +1,7 @@
-"""Quantised weights: a leaf of the tree (`lorax.quantized`), putting it there (`tree`), and a better start over it (`loftq`)."""
+"""Quantised weights: putting the leaf of `lorax.quantized` into a tree, and LoftQ's better start over it."""
 
-from lorax.quantized import Quantized
 from lorax.quant.loftq import loftq
 from lorax.quant.tree import dequantize, quantize, quantize_weight, requantize
+from lorax.quantized import Quantized
 
 __all__ = ["Quantized", "dequantize", "loftq", "quantize", "quantize_weight", "requantize"]

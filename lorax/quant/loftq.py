@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from lorax.adapt import adapt
 from lorax.errors import LoraxError
-from lorax.quantized import Quantized
 from lorax.quant.tree import quantize_weight
+from lorax.quantized import Quantized
 from lorax.spec import LoraSpec
 from lorax.tree import map_named
 from lorax.weights import Axes, LowRank

@@ -62,10 +62,12 @@ def quantize(
     patterns = as_patterns(targets)  # pyright: ignore[reportArgumentType]
     everything = is_all_linear(patterns)
     ledger = None
-    if everything and fn is None:
+    if not everything:
+        chosen = choose(patterns, named, "targets")
+    elif fn is None:
         chosen = linear_by_name(named)
     else:
-        chosen = [p for p, leaf in named if is_floating_matrix(leaf)] if everything else choose(patterns, named, "targets")
+        chosen = [p for p, leaf in named if is_floating_matrix(leaf)]
     if fn is not None:
         probed = {i: path for i, (path, _) in enumerate(named) if path in set(chosen)}
         ledger = axis_uses(fn, params, args, probed)

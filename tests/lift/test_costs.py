@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-import time
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -104,16 +103,20 @@ def test_the_sum_is_never_built_and_frozen_weights_have_no_gradient():
         assert sums_of_shape(merged, shape) != [], "the check can see a sum"
 
 
-def best(fn, times=5):
-    """The least time of several, without the garbage collector, which a test session's heap makes slow."""
-    out = []
-    for _ in range(times):
-        gc.disable()
-        start = time.perf_counter()
+def python_calls(fn):
+    """How many Python functions a call enters. A clock in a test session is not to be trusted; this repeats itself."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
         fn()
-        out.append(time.perf_counter() - start)
-        gc.enable()
-    return min(out)
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def test_tracing_costs_about_twice_the_plain_trace():
@@ -121,7 +124,6 @@ def test_tracing_costs_about_twice_the_plain_trace():
     tree = lorax.adapt(jax.random.key(0), shapes.params, LoraSpec(rank=16))
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
-    # 1.9 to 2.4 on a quiet machine, whose clock is not to be trusted to a tenth here.
     # A fresh function each time: JAX remembers the traces of the same one.
     def plain():
         jax.make_jaxpr(lambda p, i: shapes.apply(p, i))(shapes.params, ids)
@@ -129,20 +131,25 @@ def test_tracing_costs_about_twice_the_plain_trace():
     def lifted():
         jax.make_jaxpr(lift(lambda p, i: shapes.apply(p, i)))(tree, ids)
 
-    ours, theirs = best(lifted, 9), best(plain, 9)
-    assert ours <= 3 * theirs, f"{ours:.4f} s against {theirs:.4f} s"
+    plain(), lifted()
+    # The factors' own operations are part of it: 2.2 in calls is 2.0 in seconds.
+    ours, theirs = python_calls(lifted), python_calls(plain)
+    assert ours <= 2.4 * theirs, f"{ours} calls against {theirs}"
 
 
-def test_compile_time_does_not_grow_with_scanned_layers():
-    def compiled(layers):
+def test_the_program_does_not_grow_with_scanned_layers():
+    """What the compiler is given, and what it makes of it: as long for 30 layers as for 3, so compiling takes as long."""
+
+    def lines(layers):
         trainable, frozen = lorax.split(adapted(layers))
         x = draw(64, D)
         grad = jax.grad(lambda t: jnp.sum(lift(model)(lorax.join(t, frozen), x) ** 2))
         lowered = jax.jit(grad).lower(trainable)
-        return best(lowered.compile, 4)
+        return lowered.as_text().count("\n"), lowered.compile().as_text().count("\n")
 
-    shallow, deep = compiled(3), compiled(30)
-    assert deep <= 1.2 * shallow + 0.05, f"{deep:.3f} s for 30 layers, {shallow:.3f} s for 3"
+    (given3, made3), (given30, made30) = lines(3), lines(30)
+    assert given30 == given3
+    assert made30 <= 1.05 * made3
 
 
 def test_the_policy_of_a_checkpoint_is_kept():

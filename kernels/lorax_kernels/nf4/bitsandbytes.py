@@ -1,10 +1,10 @@
 """The arrays of bitsandbytes: what `bitsandbytes.functional.quantize_4bit` returns and what its checkpoints hold.
 
-    codes (bytes, 1)   uint8, the earlier value in the high half      the tensor `NAME.weight` of a checkpoint
-    absmax             float32, or uint8 with double quantisation     `NAME.weight.absmax`
-    absmax2, map2      second-level scales and their codebook         `.nested_absmax`, `.nested_quant_map`
-    quant_map          the 16 values                                  `.quant_map`
-    offset, blocksize, nested_blocksize, quant_type, dtype, shape     JSON in `.quant_state.bitsandbytes__nf4`
+codes (bytes, 1)   uint8, the earlier value in the high half      the tensor `NAME.weight` of a checkpoint
+absmax             float32, or uint8 with double quantisation     `NAME.weight.absmax`
+absmax2, map2      second-level scales and their codebook         `.nested_absmax`, `.nested_quant_map`
+quant_map          the 16 values                                  `.quant_map`
+offset, blocksize, nested_blocksize, quant_type, dtype, shape     JSON in `.quant_state.bitsandbytes__nf4`
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def to_bitsandbytes(q: QuantizedArray) -> dict[str, Any]:
     if q.format not in FOUR_BIT:
         raise ValueError(f"bitsandbytes has no 4-bit arrays of format {q.format!r}; quantise with nf4 or fp4")
     if q.stack:
-        raise ValueError(f"bitsandbytes has no stacked arrays and this one has axes {q.stack}; take one slice at a time")
+        raise ValueError(
+            f"bitsandbytes has no stacked arrays, this one has {q.stack}; take one slice at a time"
+        )
     assert q.scales is not None
     out = {
         "codes": q.codes.reshape(-1, 1),

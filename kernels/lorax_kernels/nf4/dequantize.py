@@ -73,10 +73,7 @@ def resolve_scales(q: QuantizedArray) -> Float32[Array, "*stack_and_blocks"]:
         return q.scales  # pyright: ignore[reportReturnType]
     stack = q.stack
     codes = q.scales.reshape(*stack, -1)  # pyright: ignore[reportOptionalMemberAccess]
-    if q.map8 is None:
-        values = lookup8(codes)
-    else:
-        values = jnp.take_along_axis(q.map8, codes.astype(jnp.int32), axis=-1)
+    values = lookup8(codes) if q.map8 is None else jnp.take_along_axis(q.map8, codes.astype(jnp.int32), axis=-1)
     second = jnp.repeat(q.scales2, GROUP, axis=-1)[..., : codes.shape[-1]]
     # The product is rounded before the sum, as in the original; a fused multiply-add would round once.
     product = jax.lax.optimization_barrier(values * second)

@@ -1,9 +1,9 @@
 """One table of formats, so that a study can compare them: nf4, fp4, int8, bf16.
 
-    nf4   16 quantiles of N(0, 1), a scale for each block         4.127 bits with double quantisation, 4.5 without
-    fp4   16 floats of 1 + 2 + 1 bits, a scale for each block     the same
-    int8  round(127 x / absmax), a scale for each row             8 bits
-    bf16  rounded, no scale                                       16 bits
+nf4   16 quantiles of N(0, 1), a scale for each block         4.127 bits with double quantisation, 4.5 without
+fp4   16 floats of 1 + 2 + 1 bits, a scale for each block     the same
+int8  round(127 x / absmax), a scale for each row             8 bits
+bf16  rounded, no scale                                       16 bits
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def _flat_index(shape: tuple[int, ...], indices: Array, axis: int) -> Array:
 def _elements(q: QuantizedArray, index: Array) -> Array:
     """Single values of a 4-bit slice by their flat positions."""
     codebook = FORMATS[q.format].codebook
-    assert codebook is not None and q.scales is not None
+    assert codebook is not None, q.format
+    assert q.scales is not None
     byte = q.codes.reshape(-1)[index // 2]
     code = jnp.where(index % 2 == 0, byte >> 4, byte & 15).astype(jnp.int32)
     block = index // q.block_size
@@ -84,6 +85,7 @@ def _elements(q: QuantizedArray, index: Array) -> Array:
 
 def _resolve(q: QuantizedArray, codes: Array, block: Array) -> Array:
     """Float32 scales from their codes and their positions among the slice's scales."""
-    assert q.scales2 is not None and q.offset is not None
+    assert q.scales2 is not None
+    assert q.offset is not None
     values = lookup8(codes) if q.map8 is None else q.map8[codes.astype(jnp.int32)]
     return jax.lax.optimization_barrier(values * q.scales2[block // GROUP]) + q.offset

@@ -1,6 +1,6 @@
 """Arrays to blocks, bit for bit what bitsandbytes writes.
 
-    absmax = max |x| of a block      code = the codebook's entry nearest to x * (1 / absmax), the lower one on a tie
+absmax = max |x| of a block      code = the codebook's entry nearest to x * (1 / absmax), the lower one on a tie
 """
 
 from __future__ import annotations

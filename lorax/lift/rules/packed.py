@@ -115,9 +115,7 @@ def slice_(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def _whole(weight: Packed, start: Any, stop: Any, strides: Any, front: int) -> bool:
-    return all(
-        (start[a], stop[a], strides[a]) == (0, size, 1) for a, size in enumerate(weight.shape) if a >= front
-    )
+    return all((start[a], stop[a], strides[a]) == (0, size, 1) for a, size in enumerate(weight.shape) if a >= front)
 
 
 def _on_stack(weight: Packed, function: Any) -> Packed:

@@ -21,7 +21,9 @@ def cut(weight: Any, start: int, stop: int) -> Any:
         size = weight.shape[0]
         if (start, stop) == (0, size):
             return weight
-        return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop) if x.ndim and x.shape[0] == size else x, weight)
+        return jax.tree.map(
+            lambda x: jax.lax.slice_in_dim(x, start, stop) if x.ndim and x.shape[0] == size else x, weight
+        )
     kept, at = [], 0
     for part in weight.parts:
         low, high = max(start - at, 0), min(stop - at, part.shape[0])

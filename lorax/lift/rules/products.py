@@ -34,7 +34,7 @@ def dot_general(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     summed, batched = eqn.params["dimension_numbers"]
     w_labels, x_labels, out_labels = _dot_labels(weight.ndim, x.ndim, summed, batched, side)
     delta = low_rank_product(x, x_labels, weight, w_labels, out_labels, eqn.params["precision"], weight_first=side == 0)
-    return [out + cast(delta, out.dtype)]
+    return [jax.lax.add(out, cast(delta, out.dtype))]
 
 
 def _dot_labels(w_ndim: int, x_ndim: int, summed: Any, batched: Any, side: int) -> tuple[Any, Any, Any]:
