@@ -64,8 +64,12 @@ class Packed(Value):
 
     def marked(self, x: jax.Array) -> jax.Array:
         """The marks on values of the weight (all of them, or some)."""
+        return self.marked_with(x, *self.extras)
+
+    def marked_with(self, x: jax.Array, *extras: jax.Array) -> jax.Array:
+        """The marks with their scalars given from outside."""
         for mark in self.marks:
-            x = mark(x, *self.extras)
+            x = mark(x, *extras)
         return x
 
     def dense(self) -> jax.Array:

@@ -54,7 +54,7 @@ def quantize(
     Example:
         >>> import jax.numpy as jnp, lorax
         >>> lorax.quantize({"kernel": jnp.ones((64, 8))}, targets="kernel")["kernel"]
-        Quantized(shape=(64, 8), format=nf4, 4.688 bits)
+        Quantized(shape=(64, 8), format=nf4, 4.250 bits)
 
     Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
     """
@@ -168,7 +168,7 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
         >>> packed = lorax.quantize({"kernel": jnp.ones((64, 8))}, targets="kernel")
         >>> tree = lorax.adapt(jax.random.key(0), packed, lorax.LoraSpec(targets="kernel", rank=2))
         >>> lorax.requantize(tree)[0]["kernel"]
-        Quantized(shape=(64, 8), format=nf4, 4.688 bits)
+        Quantized(shape=(64, 8), format=nf4, 4.250 bits)
     """
     losses: dict[str, float] = {}
 

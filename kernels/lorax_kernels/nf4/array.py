@@ -98,9 +98,7 @@ class QuantizedArray:
         return 8.0 * self.nbytes / math.prod(self.shape)
 
     def __repr__(self) -> str:
-        return (
-            f"QuantizedArray(shape={self.shape}, {self.format}, {self.bits:.3f} bits, dtype={self.dtype_name})"
-        )
+        return f"QuantizedArray(shape={self.shape}, {self.format}, {self.bits:.3f} bits, dtype={self.dtype_name})"
 
 
 def is_regular(slice_shape: tuple[int, ...], format: str, block_size: int) -> bool:

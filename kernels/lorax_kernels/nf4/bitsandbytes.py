@@ -49,9 +49,7 @@ def to_bitsandbytes(q: QuantizedArray) -> dict[str, Any]:
     if q.format not in FOUR_BIT:
         raise ValueError(f"bitsandbytes has no 4-bit arrays of format {q.format!r}; quantise with nf4 or fp4")
     if q.stack:
-        raise ValueError(
-            f"bitsandbytes has no stacked arrays, this one has {q.stack}; take one slice at a time"
-        )
+        raise ValueError(f"bitsandbytes has no stacked arrays, this one has {q.stack}; take one slice at a time")
     assert q.scales is not None
     out = {
         "codes": q.codes.reshape(-1, 1),

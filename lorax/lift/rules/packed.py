@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lorax.lift import compat
 from lorax.lift.interpreter import Interpreter, rule, where_structured
 from lorax.lift.packed import Packed, Still
+from lorax.lift.packed_product import as_product
 from lorax.lift.values import Unsupported
 from lorax_kernels.nf4 import take
 
@@ -30,7 +31,14 @@ def _use_up(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     return jax.checkpoint(use)(weight, others)
 
 
-for _name in ("dot_general", "ragged_dot_general", "conv_general_dilated", "add", "add_any", "sub"):
+@rule("dot_general", Packed)
+def dot_general(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
+    """x @ W or x @ W^T of a matrix goes to the kernels; any other product uses the weight up where it stands."""
+    product = as_product(eqn, args)
+    return [product.run()] if product is not None else _use_up(interp, eqn, args)
+
+
+for _name in ("ragged_dot_general", "conv_general_dilated", "add", "add_any", "sub"):
     rule(_name, Packed)(_use_up)
 
 
