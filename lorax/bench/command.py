@@ -8,18 +8,22 @@ from typing import Any, Literal
 
 import tyro
 
-from lorax.bench import record
-from lorax.bench.train_step import BenchConfig, run
+from lorax.bench import nf4, record, train_step
+from lorax.bench.nf4 import Nf4Config
+from lorax.bench.train_step import BenchConfig
 
 
 @dataclass(frozen=True)
 class Args:
-    """Measure the LoRA step against PEFT, full fine-tuning and its own floor, all taking turns in one run.
+    """Measure on this machine, all that is compared taking turns in one run.
+
+    train: the LoRA and QLoRA steps against PEFT, full fine-tuning and their own floor.
+    nf4: quantise, dequantise and multiply against bitsandbytes.
 
     Example: lorax bench train --peer-python .venv-peers/bin/python --out bench.json
     """
 
-    what: tyro.conf.Positional[Literal["train"]]
+    what: tyro.conf.Positional[Literal["train", "nf4"]]
     """What to measure."""
     config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
     out: str | None = None
@@ -30,7 +34,7 @@ class Args:
     def run(self, words: Sequence[str]) -> None:
         from lorax.cli.output import print_json, print_table
 
-        result = run(self.config)
+        result = train_step.run(self.config) if self.what == "train" else nf4.run(self._nf4())
         if self.out is not None:
             record.write(self.out, result)
         if self.json:
@@ -39,6 +43,12 @@ class Args:
         times = [(name, f"{t['median']:.3f}", f"{t['least']:.3f}") for name, t in result["seconds"].items()]
         print_table(("", "seconds (median)", "least"), times, f"{result['machine']['processor']}")
         print_table(("figure", "value", "must be", ""), table(result))
+
+    def _nf4(self) -> Nf4Config:
+        """The settings that both benchmarks have."""
+        c = self.config
+        rounds = {} if c.rounds == BenchConfig.rounds else {"rounds": c.rounds}
+        return Nf4Config(threads=c.threads, peer_python=c.peer_python, seed=c.seed, **rounds)
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lorax.bench.flops import lora_products
@@ -55,7 +56,7 @@ class Side:
 
     def prepare(self, what: str, rank: int, alpha: float, lr: float) -> dict[str, Any]:
         """Compile a program and run it once."""
-        build = self._step if what in ("lora", "full") else self._forward
+        build = self._step if what in ("lora", "qlora", "full") else self._forward
         self.programs[what], more = build(what, rank, alpha, lr)
         return {**more, **self.run(what)}
 
@@ -114,7 +115,7 @@ class Side:
         from lorax.train.step import init_state, make_step
 
         config = TrainConfig(method="full" if what == "full" else "lora", rank=rank, alpha=alpha, lr=lr, clip=0.0)
-        model, params = adapted(self.model, config)
+        model, params = adapted(self._base(what), config)
         trainable, frozen = split(params)
         tx, _ = make_optimizer(config, 1000)
         loss = language_model_loss(model, head_trains=head_trains(trainable, model.config))
@@ -130,6 +131,14 @@ class Side:
             return metrics.loss
 
         return program, {"parameters": count, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+
+    def _base(self, what: str) -> Any:
+        """The model, with its linear weights in NF4 for `qlora`."""
+        if what != "qlora":
+            return self.model
+        from lorax import quantize
+
+        return replace(self.model, params=quantize(self.model.params, fn=self.model.apply, args=(self.batch["ids"],)))
 
     def _forward(self, what: str, rank: int, alpha: float, lr: float) -> tuple[Callable[[], Any], dict[str, Any]]:
         """`forward` or `features` (without the head), with `+lora` over an adapted tree."""

@@ -37,8 +37,8 @@ def reset_peak():
 class Side:
     """The model, its optimizer and a batch."""
 
-    def load(self, base, threads, batch, length, seed):
-        """Read the base and touch all of it, so that what comes after is not the base."""
+    def load(self, base, threads, batch, length, seed, quantised=False):
+        """Read the base (in 4 bits, by bitsandbytes) and touch all of it, so that what comes after is not the base."""
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         import numpy
         import peft  # pyright: ignore[reportMissingImports]
@@ -47,12 +47,23 @@ class Side:
 
         torch.set_num_threads(threads)
         self.torch, self.peft = torch, peft
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        four_bit = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        more = {"quantization_config": four_bit, "device_map": "cpu"} if quantised else {}
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
         vocab = self.model.config.vocab_size
         ids = numpy.random.default_rng(seed).integers(0, vocab, (batch, length))
         self.ids = torch.tensor(ids, dtype=torch.long)
         total = sum(float(p.detach().sum()) for p in self.model.parameters())
         versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+        if quantised:
+            import bitsandbytes  # pyright: ignore[reportMissingImports]
+
+            versions["bitsandbytes"] = bitsandbytes.__version__
         return {"sum": total, "versions": versions, "threads": torch.get_num_threads(), **memory()}
 
     def prepare(self, what, rank, alpha, lr):

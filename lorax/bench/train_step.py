@@ -1,4 +1,4 @@
-"""`lorax bench train`: the LoRA step against PEFT, against full fine-tuning, and against its own floor.
+"""`lorax bench train`: the LoRA and QLoRA steps against PEFT, against full fine-tuning, and against its own floor.
 
 All that is compared takes turns in one run: A B C A B C ... Each figure is a ratio of medians, so a machine that slows
 down for a while slows both sides. The two programs read the same weights from the same directory, run on the same cores
@@ -24,7 +24,7 @@ from lorax.bench.protocol import Worker
 from lorax.errors import LoraxError
 from lorax.train.runtime import MARK, TUNABLE
 
-OURS = ("lora", "full", "forward", "forward+lora", "features", "features+lora")
+OURS = ("lora", "qlora", "full", "forward", "forward+lora", "features", "features+lora")
 
 # A library's threads may spin for a while after their work; the next one starts after that.
 PAUSE = 0.3
@@ -124,6 +124,8 @@ def figures(config: BenchConfig, seconds: dict[str, Any], floor: dict[str, float
     values = {
         "tokens_per_second_against_peft": (ratio("peft", "lora"), "least", 1.3),
         "tokens_per_second_against_peft_with_our_malloc": (ratio("peft+malloc", "lora"), None, None),
+        "qlora_tokens_per_second_against_peft_and_bitsandbytes": (ratio("peft+nf4", "qlora"), "least", 1.3),
+        "qlora_step_against_lora_step": (ratio("qlora", "lora"), "most", 1.25),
         "lora_step_against_full_step": (ratio("lora", "full"), "most", 0.70),
         "lora_step_against_floor": (seconds["lora"]["median"] / floor["seconds"], "most", 1.6),
         "forward_with_adapters_against_without": (ratio("forward+lora", "forward"), "most", 1.10),
@@ -158,12 +160,16 @@ def _sides(config: BenchConfig, *, both_mallocs: bool) -> Iterator[dict[str, Wor
             sides["peft"] = stack.enter_context(_peer(config.peer_python, malloc=False))
             if both_mallocs:
                 sides["peft+malloc"] = stack.enter_context(_peer(config.peer_python, malloc=True))
+                sides["peft+nf4"] = stack.enter_context(_peer(config.peer_python, malloc=False))
         yield sides
 
 
-def _load(config: BenchConfig, base: str, worker: Worker) -> dict[str, Any]:
+def _load(config: BenchConfig, base: str, worker: Worker, name: str = "") -> dict[str, Any]:
     c = config
-    return worker.ask(op="load", base=base, threads=c.threads, batch=c.batch_size, length=c.seq_len, seed=c.seed)
+    more = {"quantised": True} if name == "peft+nf4" else {}
+    return worker.ask(
+        op="load", base=base, threads=c.threads, batch=c.batch_size, length=c.seq_len, seed=c.seed, **more
+    )
 
 
 def _prepare(config: BenchConfig, worker: Worker, what: str) -> dict[str, Any]:
@@ -195,14 +201,13 @@ def _memories(config: BenchConfig, base: str) -> dict[str, Any]:
 
 def _times(config: BenchConfig, base: str) -> dict[str, Any]:
     with _sides(config, both_mallocs=True) as sides:
-        loaded = {name: _load(config, base, worker) for name, worker in sides.items()}
+        loaded = {name: _load(config, base, worker, name) for name, worker in sides.items()}
         ready = {name: _prepare(config, worker, "lora") for name, worker in sides.items()}
-        _same(loaded, ready)
-        for what in OURS[1:]:
-            _prepare(config, sides["lora"], what)
+        ours = {what: _prepare(config, sides["lora"], what) for what in OURS[1:]}
+        _same(loaded, ready, ours["qlora"])
         turns = [(what, sides["lora"]) for what in OURS] + [(n, w) for n, w in sides.items() if n != "lora"]
         # The peer's turns come right after ours, not at the end of a long queue.
-        turns.sort(key=lambda turn: turn[0] not in ("lora", "peft", "peft+malloc"))
+        turns.sort(key=lambda turn: turn[0] not in ("lora", "peft", "peft+malloc", "qlora", "peft+nf4"))
         times: dict[str, list[float]] = {name: [] for name, _ in turns}
         rates = []
         for _ in range(config.rounds):
@@ -215,11 +220,11 @@ def _times(config: BenchConfig, base: str) -> dict[str, Any]:
     seconds = {n: {"median": median(t), "least": min(t), "all": [round(x, 5) for x in t]} for n, t in times.items()}
     return {
         "seconds": seconds,
-        "tokens_per_second": {n: tokens / seconds[n]["median"] for n in sides},
+        "tokens_per_second": {n: tokens / seconds[n]["median"] for n in (*sides, "qlora")},
         "floor": _floor(rates),
-        "loss": {name: value["loss"] for name, value in ready.items()},
+        "loss": {**{name: value["loss"] for name, value in ready.items()}, "qlora": ours["qlora"]["loss"]},
         "parameters": {name: value["parameters"] for name, value in ready.items()},
-        "peer_versions": loaded["peft"]["versions"] if "peft" in loaded else {},
+        "peer_versions": loaded["peft+nf4"]["versions"] if "peft+nf4" in loaded else {},
     }
 
 
@@ -237,11 +242,11 @@ def _floor(rates: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _same(loaded: dict[str, dict[str, Any]], ready: dict[str, dict[str, Any]]) -> None:
+def _same(loaded: dict[str, dict[str, Any]], ready: dict[str, dict[str, Any]], qlora: Any = None) -> None:
     """Both sides must train as many numbers, on as many threads, from the same loss: then the weights are the same."""
-    ours, us = loaded["lora"], ready["lora"]
+    ours = loaded["lora"]
     for name, theirs in loaded.items():
-        them = ready[name]
+        us, them = qlora if name == "peft+nf4" else ready["lora"], ready[name]
         if us["parameters"] != them["parameters"]:
             raise LoraxError(f"{name} trains {them['parameters']} parameters and lorax {us['parameters']}")
         if abs(us["loss"] - them["loss"]) > 2e-3 or ours["threads"] != theirs["threads"]:

@@ -138,7 +138,7 @@ def test_tracing_costs_about_twice_the_plain_trace():
 
 
 def test_the_program_does_not_grow_with_scanned_layers():
-    """What the compiler is given, and what it makes of it: as long for 30 layers as for 3, so compiling takes as long."""
+    """What the compiler is given, and what it makes of it, does not grow with the layers."""
 
     def lines(layers):
         trainable, frozen = lorax.split(adapted(layers))
