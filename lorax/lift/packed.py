@@ -104,6 +104,11 @@ class Packed(Value):
         front = len(self.array.stack)
         names = [*spec, *[None] * (len(self.shape) - len(spec))]
         stored = [*names[:front], *(names[front + axis] for axis in self.order)]
+        if self.array.layout == "tpu":
+            # Words are (inputs / 8, outputs), scales (outputs, blocks of inputs).
+            stack, (outs, ins) = stored[:front], stored[front:]
+            array = replace(self.array, codes=PartitionSpec(*stack, ins, outs), scales=PartitionSpec(*stored))
+            return replace(self, array=array, extras=tuple(PartitionSpec() for _ in self.extras))
         if not self.array.is_regular:
             if any(name is not None for name in stored[front:]):
                 raise Unsupported(

@@ -23,6 +23,8 @@ class Product:
     rows: x with the summed axes merged into one, the last.
     shape: of the result before it is moved: (*free axes of x, *free axes of the weight).
     weight_first: the weight is the left operand, so its axes come first in the result.
+    inner, outer: the weight's summed and free axes, as they are stored.
+    options: precision and dtype that the user asked for.
     """
 
     weight: Packed
@@ -31,6 +33,8 @@ class Product:
     transpose: bool
     shape: tuple[int, ...]
     weight_first: bool
+    inner: tuple[int, ...]
+    outer: tuple[int, ...]
     options: dict[str, Any]
 
     def run(self) -> jax.Array:
@@ -84,10 +88,37 @@ def as_product(eqn: Any, args: list[Any]) -> Product | None:
     options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
     outs = tuple(weight.shape[axis] for axis in outer)
     shape = (*rows.shape[:-1], *outs)
-    return Product(weight, as_matrix(array, n, k), rows, transpose, shape, side == 0, options)
+    return Product(weight, as_matrix(array, n, k), rows, transpose, shape, side == 0, inner, outer, options)
+
+
+def fused_product(eqn: Any, args: list[Any]) -> jax.Array | None:
+    """x W + s (x A) B in one kernel, where the base is quantised and a kernel serves it; None elsewhere."""
+    side = where_structured(args)
+    weight = args[side]
+    if not isinstance(weight.base, Packed):
+        return None
+    product = as_product(eqn, [weight.base if i == side else arg for i, arg in enumerate(args)])
+    if product is None or product.transpose or weight.base.marks:
+        return None
+    n, k = product.matrix.slice_shape
+    rank = weight.a.shape[-1]
+    # A must belong to the summed axes, B to the others, and the scale be one number.
+    if weight.a.size != k * rank or weight.b.size != n * rank or weight.scale.size != 1:
+        return None
+    if not all(weight.in_a(axis) for axis in product.inner) or not all(weight.in_b(axis) for axis in product.outer):
+        return None
+    if nf4_matmul.serves(product.rows, product.matrix, False, False, rank, product.options) == "xla":
+        return None
+    a = weight.factor("a", tuple(range(weight.ndim)))[0]
+    b = weight.factor("b", tuple(range(weight.ndim)))[0]
+    a = jnp.transpose(a, (*(sorted(product.inner).index(axis) for axis in product.inner), a.ndim - 1)).reshape(k, rank)
+    b = b.reshape(n, rank).T
+    return product.arrange(nf4_matmul.lora_matmul(product.rows, product.matrix, a, b, weight.scale.reshape(())))
 
 
 def as_matrix(array: QuantizedArray, n: int, k: int) -> QuantizedArray:
     """The same blocks as an (n, k) array: the order of the codes does not change."""
     assert array.scales is not None
+    if array.layout == "tpu":
+        return array
     return replace(array, codes=array.codes.reshape(n, -1), scales=array.scales.reshape(n, -1), core_ndim=2)

@@ -27,6 +27,7 @@ def quantize(
     block_size: int = 64,
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
+    platform: str | None = None,
 ) -> Any:
     """The tree with `Quantized` leaves where `targets` points.
 
@@ -43,6 +44,8 @@ def quantize(
         fn: as in `adapt`: the roles of the axes are read from a trace of `fn(params, *args)`. Without it the last two
             axes are the matrix and those before them are stacked; weights named like embeddings keep their order.
         args: example or abstract arguments for `fn`.
+        platform: whose kernels will read the codes, by default this process's: on `"tpu"` they are kept in the order
+            that a TPU unpacks, which changes no value; files have one order.
 
     Returns:
         A tree of the same structure.
@@ -85,7 +88,7 @@ def quantize(
         else:
             axes = ledger[path].axes(path) if ledger is not None else _by_shape(path, leaf, by_name)
         lookup = ledger is not None and ledger[path].lookup is not None
-        return quantize_weight(path, leaf, axes, format, double_quant, block_size, rows=lookup)
+        return quantize_weight(path, leaf, axes, format, double_quant, block_size, rows=lookup, platform=platform)
 
     return map_named(one, params)
 
@@ -106,6 +109,7 @@ def quantize_weight(
     double_quant: bool = True,
     block_size: int = 64,
     rows: bool = False,
+    platform: str | None = None,
 ) -> Any:
     """One weight as a `Quantized` leaf (a low-rank one with a quantised base).
 
@@ -116,7 +120,7 @@ def quantize_weight(
         rows: the weight is looked up by its inputs, so blocks run along the outputs.
     """
     if isinstance(leaf, LowRank):
-        base = quantize_weight(path, leaf.base, axes, format, double_quant, block_size, rows)
+        base = quantize_weight(path, leaf.base, axes, format, double_quant, block_size, rows, platform)
         return LowRank(base, leaf.A, leaf.B, leaf.scale, leaf.axes)
     if is_structured(leaf):
         raise LoraxError(f"{path}: is a {type(leaf).__name__} already; quantise the plain tree")
@@ -127,7 +131,8 @@ def quantize_weight(
     order = tuple(axis - stack for axis in core)
 
     def pack(w: jax.Array) -> nf4.QuantizedArray:
-        return nf4.quantize(to_stored(w, order), block_size, double_quant, format, stack)
+        array = nf4.quantize(to_stored(w, order), block_size, double_quant, format, stack)
+        return nf4.for_platform(array, platform or jax.default_backend())
 
     try:
         abstract = isinstance(leaf, jax.ShapeDtypeStruct)

@@ -4,16 +4,20 @@ from lorax_kernels.nf4.array import QuantizedArray
 from lorax_kernels.nf4.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from lorax_kernels.nf4.dequantize import dequantize, resolve_scales
 from lorax_kernels.nf4.formats import FORMATS
+from lorax_kernels.nf4.layouts import canonical, for_platform, to_tpu
 from lorax_kernels.nf4.lookup import take
 from lorax_kernels.nf4.quantize import quantize
 
 __all__ = [
     "FORMATS",
     "QuantizedArray",
+    "canonical",
     "dequantize",
+    "for_platform",
     "from_bitsandbytes",
     "quantize",
     "resolve_scales",
     "take",
     "to_bitsandbytes",
+    "to_tpu",
 ]

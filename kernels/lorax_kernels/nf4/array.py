@@ -39,6 +39,7 @@ class QuantizedArray:
     format: a row of `lorax_kernels.nf4.FORMATS`.
     block_size: values that share a scale.
     dtype_name: the dtype of the array that was quantised, and of what `dequantize` gives.
+    layout: `"rows"`, the order above, or `"tpu"`: int32 words `(*stack, columns / 8, rows)`, see `layouts`.
     """
 
     codes: Num[Array, "*stack_and_bytes"]
@@ -51,6 +52,7 @@ class QuantizedArray:
     format: str
     block_size: int
     dtype_name: str
+    layout: str = "rows"
 
     @property
     def is_regular(self) -> bool:
@@ -68,6 +70,9 @@ class QuantizedArray:
         """The shape of one slice. Read off the codes where they keep the axes: a part of them is a smaller array."""
         if self.flat_shape is not None:
             return self.flat_shape
+        if self.layout == "tpu":
+            words, rows = self.codes.shape[-2:]
+            return (rows, 8 * words)
         *rows, last = self.codes.shape[self.codes.ndim - self.core_ndim :]
         return (*rows, last * self.values_per_code)
 
@@ -109,5 +114,5 @@ def is_regular(slice_shape: tuple[int, ...], format: str, block_size: int) -> bo
 jax.tree_util.register_dataclass(
     QuantizedArray,
     data_fields=["codes", "scales", "scales2", "offset", "map8"],
-    meta_fields=["core_ndim", "flat_shape", "format", "block_size", "dtype_name"],
+    meta_fields=["core_ndim", "flat_shape", "format", "block_size", "dtype_name", "layout"],
 )

@@ -20,6 +20,7 @@ import numpy as np
 from lorax_kernels.nf4.array import GROUP, QuantizedArray, is_regular
 from lorax_kernels.nf4.codebooks import FOUR_BIT, dynamic_map
 from lorax_kernels.nf4.formats import DTYPES
+from lorax_kernels.nf4.layouts import canonical
 
 STATE = "quant_state.bitsandbytes__"
 
@@ -51,6 +52,7 @@ def to_bitsandbytes(q: QuantizedArray) -> dict[str, Any]:
     if q.stack:
         raise ValueError(f"bitsandbytes has no stacked arrays, this one has {q.stack}; take one slice at a time")
     assert q.scales is not None
+    q = canonical(q)
     out = {
         "codes": q.codes.reshape(-1, 1),
         "absmax": q.scales.reshape(-1),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from lorax_kernels.nf4.array import GROUP, QuantizedArray
 from lorax_kernels.nf4.dynamic8 import lookup8
 from lorax_kernels.nf4.formats import FORMATS
+from lorax_kernels.nf4.layouts import canonical
 
 
 def dequantize(q: QuantizedArray, dtype: Any = None) -> Float[Array, "*shape"]:
@@ -30,6 +31,7 @@ def dequantize(q: QuantizedArray, dtype: Any = None) -> Float[Array, "*shape"]:
         Array(2., dtype=float32)
     """
     dtype = q.dtype if dtype is None else jnp.dtype(dtype)
+    q = canonical(q)
     if q.format == "bf16":
         return q.codes.astype(dtype)
     scales = resolve_scales(q)

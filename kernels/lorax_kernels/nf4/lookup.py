@@ -12,6 +12,7 @@ from lorax_kernels.nf4.array import GROUP, QuantizedArray
 from lorax_kernels.nf4.dequantize import four_bit_rows
 from lorax_kernels.nf4.dynamic8 import lookup8
 from lorax_kernels.nf4.formats import FORMATS
+from lorax_kernels.nf4.layouts import canonical
 
 
 def take(q: QuantizedArray, indices: Int[Array, "*batch"], axis: int = 0) -> Float[Array, "*out"]:
@@ -22,7 +23,7 @@ def take(q: QuantizedArray, indices: Int[Array, "*batch"], axis: int = 0) -> Flo
         indices: within range; what lies outside is the caller's to mend.
         axis: the axis of the slice that the indices count along.
     """
-    shape = q.slice_shape
+    q, shape = canonical(q), q.slice_shape
     if q.is_regular and axis == 0 and len(shape) > 1:
         return _whole_rows(q, indices)
     if not q.is_regular or q.format in ("nf4", "fp4"):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from lorax_kernels.nf4.array import QuantizedArray
 from lorax_kernels.nf4.dequantize import four_bit_rows, resolve_scales
 from lorax_kernels.nf4.formats import FORMATS
+from lorax_kernels.nf4.layouts import canonical
 
 # A strip of W in float32. Larger ones leave the cache, and fresh pages cost more than the product with a few rows.
 STRIP_BYTES = 8 << 20
@@ -48,6 +49,7 @@ def matmul(
             has several devices, whose compiler then splits the product along its axes.
         options: `precision` and `preferred_element_type` of `jax.lax.dot_general`.
     """
+    q = canonical(q)
     n, k = q.slice_shape
     count = strips_of(n, k) if strips is None else strips
     codebook = FORMATS[q.format].codebook

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lorax.lift.contract import arrange, contract
 from lorax.lift.interpreter import Interpreter, rule, where_structured
+from lorax.lift.packed_product import fused_product
 from lorax.lift.values import RANK, Factored, Unsupported, cast
 
 CONTRADICTION = (
@@ -28,6 +29,9 @@ def _contradiction(what: str) -> Unsupported:
 @rule("dot_general", Factored)
 def dot_general(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     """Any contracting and batch dimensions, the weight on either side."""
+    fused = fused_product(eqn, args)
+    if fused is not None:
+        return [fused]
     (out,) = interp.bind(eqn, _with_base(args))
     side = where_structured(args)
     weight, x = args[side], args[1 - side]

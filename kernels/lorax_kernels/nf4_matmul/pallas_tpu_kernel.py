@@ -1,0 +1,212 @@
+"""The body of the fused products: x @ W or dy @ W^T with a 4-bit W, and the low-rank term in the same pass.
+
+    y = x W + scale (x A) B        h = x A
+
+Steps go through the grid (chunk of rows, part of C, block of F, block of rows). What is kept between steps:
+
+    x_buffer[slot, m]   the rows of x for this part of C, copied from HBM while the previous part is multiplied
+    w                   the dequantised block of W, made when m == 0
+    partial[f, m]       the sum over the parts of C so far, where there are several
+    h[m]                x A of the chunk, made when f == 0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lorax_kernels.nf4_matmul.layout_tpu import GROUP_ROWS, LANES
+from lorax_kernels.nf4_matmul.pallas_tpu_lookup import codebook, dequantise_block
+from lorax_kernels.nf4_matmul.pallas_tpu_plan import VMEM, Plan
+
+_SPARE = 8 << 20
+
+
+def product(
+    plan: Plan,
+    chip: str,
+    x: jax.Array,
+    words: jax.Array,
+    scales: jax.Array,
+    lora: tuple[jax.Array, jax.Array, jax.Array] | None,
+    width: int,
+    interpret: Any,
+) -> list[jax.Array]:
+    """[y], or [y, h].
+
+    x: [plan.rows, plan.contracted]. lora: its factors in x's dtype, padded like W, as they multiply W's own axes: a
+    [K, r], b [r, N]; and scale float32 [1, 1]. width: the columns of y, at most plan.free.
+    """
+    chunks, steps, blocks, inner = plan.grid
+    last = steps - 1
+    out_shape = [jax.ShapeDtypeStruct((plan.rows, width), x.dtype)]
+    # Partial sums stay in VMEM: until the last part of C the block of y does not move, and so is not written.
+    at_last = lambda c, value: value if last == 0 else jnp.where(c == last, value, 0)  # noqa: E731
+    out_specs = [
+        pl.BlockSpec((plan.bm, plan.bf), lambda i, c, f, m: (i * inner + at_last(c, m), at_last(c, f))),
+    ]
+    w_index = (lambda i, c, f, m: (f, c)) if plan.transposed else (lambda i, c, f, m: (c, f))
+    w_rows, w_columns = plan.w_block
+    in_specs = [
+        pl.BlockSpec((16, LANES), lambda i, c, f, m: (0, 0)),
+        pl.BlockSpec(memory_space=pl.ANY),
+        pl.BlockSpec((w_rows // 8, w_columns), w_index),
+        pl.BlockSpec((-(-w_rows // GROUP_ROWS), 8, w_columns), lambda i, c, f, m: (*_first(w_index(i, c, f, m)),)),
+    ]
+    slots = 1 if chunks * steps == 1 else 2
+    wide = x.dtype == jnp.float32
+    scratch = {
+        "x_buffer": pltpu.VMEM((slots, inner, plan.bm, plan.bc), x.dtype),
+        "arrived": pltpu.SemaphoreType.DMA((slots, inner)),
+        "w": pltpu.VMEM((w_rows, w_columns), jnp.float32) if wide else pltpu.VMEM((w_rows // 2, w_columns), jnp.int32),
+    }
+    if steps > 1:
+        scratch["partial"] = pltpu.VMEM((blocks, inner, plan.bm, plan.bf), jnp.float32)
+    operands = [codebook(chip, x.dtype), x, words, scales]
+    if lora is not None:
+        a, b, scale = lora
+        first, second = (b, a) if plan.transposed else (a, b)
+        operands += [first, second, scale]
+        part = lambda i, c, f, m: c  # noqa: E731
+        block = lambda i, c, f, m: at_last(c, f)  # noqa: E731
+        in_specs += [
+            _factor((plan.bc, plan.rank), part, plan.transposed),
+            _factor((plan.bf, plan.rank), block, not plan.transposed),
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+        ]
+        scratch["h"] = pltpu.VMEM((inner, plan.bm, plan.rank), jnp.float32)
+        out_shape.append(jax.ShapeDtypeStruct((plan.rows, plan.rank), jnp.float32))
+        # h is written while f == 0 and its block rests on the last one after that.
+        out_specs.append(
+            pl.BlockSpec(
+                (plan.bm, plan.rank), lambda i, c, f, m: (i * inner + at_last(c, jnp.where(f == 0, m, inner - 1)), 0)
+            )
+        )
+
+    def body(*refs: Any) -> None:
+        inputs, outputs = refs[: len(operands)], refs[len(operands) : len(operands) + len(out_shape)]
+        _body(plan, chip, inputs, outputs, dict(zip(scratch, refs[len(operands) + len(out_shape) :], strict=True)))
+
+    return pl.pallas_call(
+        body,
+        out_shape=out_shape,
+        grid=plan.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM[chip] + _SPARE
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * plan.rows * plan.contracted * (plan.free + plan.rank) + 2 * plan.rows * plan.rank * plan.free,
+            bytes_accessed=sum(plan.moved().values()),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="nf4_matmul_t" if plan.transposed else "nf4_matmul",
+    )(*operands)
+
+
+def _first(index: tuple[Any, Any]) -> tuple[Any, int, Any]:
+    """The index of the scales' block from that of the words'."""
+    return index[0], 0, index[1]
+
+
+def _factor(shape: tuple[int, int], where: Any, flipped: bool) -> pl.BlockSpec:
+    """A block of a factor (rows, rank), or (rank, rows)."""
+    if flipped:
+        return pl.BlockSpec(shape[::-1], lambda *ids: (0, where(*ids)))
+    return pl.BlockSpec(shape, lambda *ids: (where(*ids), 0))
+
+
+def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, Any]) -> None:
+    table, x, words, scales = inputs[:4]
+    chunks, steps, _, _ = plan.grid
+    i, c, f, m = (pl.program_id(axis) for axis in range(4))
+    part = i * steps + c
+    buffer = scratch["x_buffer"]
+    slot = part & (buffer.shape[0] - 1)
+
+    @pl.when(f == 0)
+    def _() -> None:
+        _bring(plan, part, m, x, buffer, scratch["arrived"])
+
+    @pl.when(m == 0)
+    def _() -> None:
+        dequantise_block(words, scales, table, scratch["w"], chip, plan.w_block[1])
+
+    rows = buffer[slot, m]
+    dtype = rows.dtype
+    dot = _dot(plan.transposed, dtype)
+    if plan.rank:
+        first, second, scale = inputs[4:]
+        h = scratch["h"]
+
+        @pl.when(f == 0)
+        def _() -> None:
+            found = dot(rows, first[...])
+            h[m] = found if steps == 1 else jnp.where(c == 0, 0.0, h[m]) + found
+
+        @pl.when((f == 0) & (c == steps - 1))
+        def _() -> None:
+            outputs[1][...] = h[m]
+
+    w = scratch["w"][...]
+    y = dot(rows, w if dtype == jnp.float32 else pltpu.bitcast(w, dtype))
+
+    def finish(total: jax.Array) -> None:
+        if plan.rank:
+            total = total + dot((h[m] * scale[0, 0]).astype(dtype), second[...])
+        outputs[0][...] = total.astype(dtype)
+
+    if steps == 1:
+        finish(y)
+        return
+    partial = scratch["partial"]
+    partial[f, m] = jnp.where(c == 0, 0.0, partial[f, m]) + y
+
+    @pl.when(c == steps - 1)
+    def _() -> None:
+        finish(partial[f, m])
+
+
+def _bring(plan: Plan, part: Any, m: Any, x: Any, buffer: Any, arrived: Any) -> None:
+    """Wait for block m of this part of x; with the first one, start the copies of the next part."""
+    chunks, steps, _, inner = plan.grid
+    slots = buffer.shape[0]
+
+    def copy(part: Any, block: Any) -> Any:
+        i, c = lax.div(part, jnp.int32(steps)), lax.rem(part, jnp.int32(steps))
+        source = x.at[pl.ds((i * inner + block) * plan.bm, plan.bm), pl.ds(c * plan.bc, plan.bc)]
+        slot = part & (slots - 1)
+        return pltpu.make_async_copy(source, buffer.at[slot, block], arrived.at[slot, block])
+
+    def start(part: Any) -> None:
+        @pl.loop(0, inner)
+        def _(block: Any) -> None:
+            copy(part, block).start()
+
+    @pl.when((m == 0) & (part == 0))
+    def _() -> None:
+        start(part)
+
+    if slots > 1:
+
+        @pl.when((m == 0) & (part + 1 < chunks * steps))
+        def _() -> None:
+            start(part + 1)
+
+    copy(part, m).wait()
+
+
+def _dot(transposed: bool, dtype: Any) -> Any:
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lambda left, right: lax.dot_general(
+        left, right, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
