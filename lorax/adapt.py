@@ -65,9 +65,7 @@ def adapt(
         raise LoraxError("LoraSpec names nothing to train: give targets or train_also")
     for path, leaf in named:
         if path in also and isinstance(leaf, Quantized):
-            raise LoraxError(
-                f"{path}: is quantised and cannot train as a whole; leave it out of train_also"
-            )
+            raise LoraxError(f"{path}: is quantised and cannot train as a whole; leave it out of train_also")
     leaves = []
     for path, leaf in named:
         if path in targets:

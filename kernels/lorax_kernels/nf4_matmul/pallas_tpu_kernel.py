@@ -140,39 +140,55 @@ def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, A
     def _() -> None:
         dequantise_block(words, scales, table, scratch["w"], chip, plan.w_block[1])
 
-    rows = buffer[slot, m]
-    dtype = rows.dtype
+    dtype = x.dtype
     dot = _dot(plan.transposed, dtype)
     if plan.rank:
-        first, second, scale = inputs[4:]
+        first, _, scale = inputs[4:]
         h = scratch["h"]
 
         @pl.when(f == 0)
         def _() -> None:
-            found = dot(rows, first[...])
+            found = dot(buffer[slot, m], first[...])
             h[m] = found if steps == 1 else jnp.where(c == 0, 0.0, h[m]) + found
 
         @pl.when((f == 0) & (c == steps - 1))
         def _() -> None:
             outputs[1][...] = h[m]
 
-    w = scratch["w"][...]
-    y = dot(rows, w if dtype == jnp.float32 else pltpu.bitcast(w, dtype))
+    # One tile of columns at a time: the sums of a whole block do not fit the registers.
+    tile = next(width for width in (256, LANES) if plan.bf % width == 0)
 
-    def finish(total: jax.Array) -> None:
-        if plan.rank:
-            total = total + dot((h[m] * scale[0, 0]).astype(dtype), second[...])
-        outputs[0][...] = total.astype(dtype)
+    @pl.loop(0, plan.bf // tile)
+    def _(index: Any) -> None:
+        start = pl.multiple_of(index * tile, tile)
+        y = dot(buffer[slot, m], _weights(plan, scratch["w"], start, tile, dtype))
 
-    if steps == 1:
-        finish(y)
-        return
-    partial = scratch["partial"]
-    partial[f, m] = jnp.where(c == 0, 0.0, partial[f, m]) + y
+        def finish(total: jax.Array) -> None:
+            if plan.rank:
+                second = inputs[5][pl.ds(start, tile), :] if plan.transposed else inputs[5][:, pl.ds(start, tile)]
+                total = total + dot((h[m] * scale[0, 0]).astype(dtype), second)
+            outputs[0][:, pl.ds(start, tile)] = total.astype(dtype)
 
-    @pl.when(c == steps - 1)
-    def _() -> None:
-        finish(partial[f, m])
+        if steps == 1:
+            finish(y)
+            return
+        partial = scratch["partial"].at[f, m, :, pl.ds(start, tile)]
+        partial[...] = jnp.where(c == 0, 0.0, partial[...]) + y
+
+        @pl.when(c == steps - 1)
+        def _() -> None:
+            finish(partial[...])
+
+
+def _weights(plan: Plan, w: Any, start: Any, tile: int, dtype: Any) -> jax.Array:
+    """The part of the dequantised block that makes `tile` columns of y, in dtype."""
+    if not plan.transposed:
+        part = w[:, pl.ds(start, tile)]
+    elif dtype == jnp.float32:
+        part = w[pl.ds(start, tile), :]
+    else:
+        part = w[pl.ds(pl.multiple_of(lax.div(start, 2), tile // 2), tile // 2), :]
+    return part if dtype == jnp.float32 else pltpu.bitcast(part, dtype)
 
 
 def _bring(plan: Plan, part: Any, m: Any, x: Any, buffer: Any, arrived: Any) -> None:
