@@ -51,8 +51,8 @@ def to_bitsandbytes(q: QuantizedArray) -> dict[str, Any]:
         raise ValueError(f"bitsandbytes has no 4-bit arrays of format {q.format!r}; quantise with nf4 or fp4")
     if q.stack:
         raise ValueError(f"bitsandbytes has no stacked arrays, this one has {q.stack}; take one slice at a time")
-    assert q.scales is not None
     q = canonical(q)
+    assert q.scales is not None
     out = {
         "codes": q.codes.reshape(-1, 1),
         "absmax": q.scales.reshape(-1),

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, UInt8
 
 from lorax_kernels.nf4.array import GROUP, QuantizedArray, is_regular
@@ -58,7 +59,7 @@ def quantize(
     """
     x = jnp.asarray(x)
     check(format, block_size, str(x.dtype), x.shape, stack)
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
         raise ValueError(f"an array of shape {x.shape} holds NaN or infinity, which has no code; mend the weight first")
     return quantize_unchecked(x, block_size, double_quant, format, stack)
 

@@ -47,7 +47,8 @@ def matmul(
     """x @ W or x @ W^T by a kernel."""
     call = Call(backend, current_target()[1], transpose, False, q.block_size, q.layout == "tpu", interpret)
     rows = x.reshape(-1, x.shape[-1])
-    return _matmul(call, rows, _operands(q)).reshape(*x.shape[:-1], -1)
+    y: Any = _matmul(call, rows, _operands(q))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def lora_matmul(
@@ -62,7 +63,8 @@ def lora_matmul(
     """x W + scale (x A) B by a kernel that reads x once."""
     call = Call(backend, current_target()[1], False, True, q.block_size, q.layout == "tpu", interpret)
     rows = x.reshape(-1, x.shape[-1])
-    return _lora(call, rows, _operands(q), a, b, scale).reshape(*x.shape[:-1], -1)
+    y: Any = _lora(call, rows, _operands(q), a, b, scale)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _operands(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
@@ -251,13 +253,6 @@ def _pallas(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora:
     return pallas_tpu.matmul(x, words, packed, n=n, **more)
 
 
-def _triton(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: Any) -> Any:
-    from lorax_kernels.nf4_matmul import triton_gpu
-
-    run = triton_gpu.matmul_t if call.transpose else triton_gpu.matmul
-    return run(x, codes, scales, lora=lora, block_size=call.block_size)
-
-
 def _plain(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: Any) -> Any:
     """The meaning of a call in plain JAX: what the others are tested against, mesh rules included."""
     if call.words:
@@ -276,4 +271,4 @@ def _plain(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: 
     return y + (scale * h).astype(x.dtype) @ second.astype(x.dtype), h
 
 
-_BACKENDS = {"pallas": _pallas, "triton": _triton, "plain": _plain}
+_BACKENDS = {"pallas": _pallas, "plain": _plain}

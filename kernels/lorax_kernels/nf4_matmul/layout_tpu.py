@@ -39,7 +39,7 @@ def pack(
     n, k = codes.shape[0], 2 * codes.shape[1]
     if k % BLOCK or scales.shape != (n, k // BLOCK):
         raise ValueError(
-            f"codes {codes.shape} with scales {scales.shape} are no whole blocks of {BLOCK}: quantise with block_size=64"
+            f"codes {codes.shape} with scales {scales.shape} are not blocks of {BLOCK}: quantise with block_size=64"
         )
     kp, np_ = padded(k, n)
     codes = jnp.pad(codes, ((0, np_ - n), (0, (kp - k) // 2)))

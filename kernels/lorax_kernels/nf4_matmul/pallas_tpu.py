@@ -37,11 +37,11 @@ def chip_of(device: jax.Device | None = None) -> str:
     Raises:
         ValueError: no TPU of these.
     """
-    device = jax.devices()[0] if device is None else device
-    kind = device.device_kind.lower()
+    found: Any = jax.devices()[0] if device is None else device
+    kind = found.device_kind.lower()
     chip = next((chip for word, chip in _KINDS.items() if word in kind), None)
-    if device.platform != "tpu" or chip is None:
-        raise ValueError(f"{device.device_kind!r} is no TPU with a codebook lookup; pass chip= as one of {CHIPS}")
+    if found.platform != "tpu" or chip is None:
+        raise ValueError(f"{found.device_kind!r} is no TPU with a codebook lookup; pass chip= as one of {CHIPS}")
     return chip
 
 

@@ -126,7 +126,7 @@ def _factor(shape: tuple[int, int], where: Any, flipped: bool) -> pl.BlockSpec:
 
 def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, Any]) -> None:
     table, x, words, scales = inputs[:4]
-    chunks, steps, _, _ = plan.grid
+    steps = plan.grid[1]
     i, c, f, m = (pl.program_id(axis) for axis in range(4))
     part = i * steps + c
     buffer = scratch["x_buffer"]
@@ -193,7 +193,7 @@ def _weights(plan: Plan, w: Any, start: Any, tile: int, dtype: Any) -> jax.Array
 
 def _bring(plan: Plan, part: Any, m: Any, x: Any, buffer: Any, arrived: Any) -> None:
     """Wait for block m of this part of x; with the first one, start the copies of the next part."""
-    chunks, steps, _, inner = plan.grid
+    chunks, steps, inner = plan.grid[0], plan.grid[1], plan.grid[3]
     slots = buffer.shape[0]
 
     def copy(part: Any, block: Any) -> Any:

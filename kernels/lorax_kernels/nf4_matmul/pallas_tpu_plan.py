@@ -63,9 +63,9 @@ class Plan:
         return total
 
     def moved(self) -> dict[str, int]:
-        """Bytes between HBM and VMEM by operand, counted from the index maps: a block is fetched when its index moves."""
+        """Bytes between HBM and VMEM by operand, from the index maps: a block is fetched when its index moves."""
         chunks, steps, blocks, _ = self.grid
-        # W's block changes at every step of its two axes; it stays from one chunk to the next only if it is the only one.
+        # W's block changes at every step of its two axes; only a single one stays from chunk to chunk.
         fetches = chunks if steps * blocks > 1 else 1
         w_rows, w_columns = (self.free, self.contracted) if self.transposed else (self.contracted, self.free)
         groups = -(-w_rows // GROUP_ROWS) if steps == 1 or self.transposed else w_rows // GROUP_ROWS
@@ -102,9 +102,8 @@ def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int, chi
     ]
     least = least_bytes(m, k, n, itemsize, rank)
     # A percent of bytes is not worth a worse block.
-    return min(
-        fits, key=lambda p: (round(50 * sum(p.moved().values()) / least), _distance(p.bc), -p.bf, -p.chunk), default=None
-    )
+    cost = lambda p: (round(50 * sum(p.moved().values()) / least), _distance(p.bc), -p.bf, -p.chunk)  # noqa: E731
+    return min(fits, key=cost, default=None)
 
 
 def _contracted(transposed: bool, k: int, n: int) -> list[tuple[int, int]]:
