@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorax.errors import LoraxError
+from lorax.models.packed import check_config
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -121,6 +122,7 @@ def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
     if family not in ARCHITECTURES:
         raise LoraxError(f"config.json: model_type {family!r} is not served; lorax reads {tuple(ARCHITECTURES)}")
     _refuse_unknown(c, family)
+    check_config(c.get("quantization_config"))
 
     def size(key: str, default: int | None = None) -> int:
         value = c.get(key)

@@ -1,21 +1,14 @@
-"""Weights in and out: the names that Hugging Face and GGUF give to the decoder's parameters.
+"""The names that Hugging Face and GGUF give to the decoder's parameters, and opening their files.
 
-Both keep one tensor per layer, as (out, in). Here all layers of a kind are one array (L, in, out). A kind is
-filled layer by layer from the mapped file and handed to JAX without a copy before the next is begun, so that
-loading holds the model once and a few megabytes.
+Both keep one tensor per layer, as (out, in). Here all layers of a kind are one array (L, in, out).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
-from jaxtyping import Num
 
 from lorax.errors import LoraxError
 from lorax.io import safetensors
@@ -24,12 +17,6 @@ from lorax.models.config import ModelConfig
 from lorax.models.gguf import read_gguf
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-# Buffers that JAX's CPU backend takes over without a copy begin at a multiple of this many bytes.
-ALIGNMENT = 64
-
-# In files, but no parameters of the decoder: rotary tables, which the config determines.
-DERIVED = ("rotary_emb.inv_freq", "rope_freqs.weight")
 
 
 @dataclass(frozen=True)
@@ -45,6 +32,10 @@ class Kind:
     hf: str
     gguf: str
     shape: tuple[int, ...]
+
+    def file_name(self, gguf: bool, layer: int = 0) -> str:
+        """The tensor of a layer."""
+        return (self.gguf if gguf else self.hf).format(layer)
 
     @property
     def stacked(self) -> bool:
@@ -118,104 +109,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(path, _read_config(path / "config.json"), _read_directory(path), {}, False)
     config, tensors, metadata = read_gguf(path)
     return Checkpoint(path, config, tensors, metadata, True)
-
-
-def load_params(source: Checkpoint | str | Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """Read all weights into the decoder's parameter tree.
-
-    Args:
-        source: a directory, a `.gguf` file, or one that `open_checkpoint` opened.
-        config: its config, from `ModelConfig.from_hf`.
-        dtype: of the arrays; values are converted while they are copied.
-
-    Returns:
-        A nested dict of JAX arrays; layers stacked in front, kernels (in, out).
-
-    Raises:
-        LoraxError: a tensor is missing, has another shape than the config says, is not of real numbers, or
-            belongs to no parameter; the message names file and tensor. Nothing is allocated before that is known.
-
-    Example:
-        source = open_checkpoint("model")
-        params = load_params(source, ModelConfig.from_hf(source.config), jnp.bfloat16)
-    """
-    if not isinstance(source, Checkpoint):
-        source = open_checkpoint(source)
-    table = kinds(config)
-    _check(source, table, config)
-    params: dict[str, Any] = {}
-    for kind in table:
-        _put(params, kind.path, _read_kind(source, kind, config, np.dtype(dtype)))
-    return params
-
-
-def _read_kind(source: Checkpoint, kind: Kind, config: ModelConfig, dtype: np.dtype) -> jax.Array:
-    buffer = _aligned(((config.num_layers,) if kind.stacked else ()) + kind.shape, dtype)
-    order = _row_order(source, kind, config)
-    for i in range(config.num_layers if kind.stacked else 1):
-        part = buffer[i] if kind.stacked else buffer
-        part = part.T if kind.transposed else part
-        tensor = source.tensors[(kind.gguf if source.gguf else kind.hf).format(i)]
-        if order is None:
-            tensor.copy_to(part)
-        else:
-            plain = np.empty(tensor.shape, dtype)
-            tensor.copy_to(plain)
-            part[...] = plain[order]
-    # Nothing else refers to the buffer, so the array may own it; on an accelerator this waits for the copy.
-    return jax.device_put(buffer, may_alias=True).block_until_ready()
-
-
-def _row_order(source: Checkpoint, kind: Kind, config: ModelConfig) -> np.ndarray | None:
-    """Which row of the file is row i of ours; None if they are the same.
-
-    GGUF files of the architecture "llama" (not of the others) hold the query and key rows of a head with
-    feature i next to feature i + head_dim/2, for a rotation of neighbours; ours rotates halves.
-    """
-    if not (source.gguf and config.family == "llama" and kind.path.endswith(("q_proj/kernel", "k_proj/kernel"))):
-        return None
-    return np.arange(kind.shape[-1]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _check(source: Checkpoint, table: list[Kind], config: ModelConfig) -> None:
-    """Files and config agree: every parameter is there with its shape, and every tensor is a parameter."""
-    claimed = set()
-    for kind in table:
-        shape = tuple(reversed(kind.shape)) if kind.transposed else kind.shape
-        for i in range(config.num_layers if kind.stacked else 1):
-            name = (kind.gguf if source.gguf else kind.hf).format(i)
-            tensor = source.tensors.get(name)
-            if tensor is None:
-                raise LoraxError(
-                    f"{source.path}: tensor {name!r} is missing; the model is not complete, fetch it again"
-                )
-            if tensor.shape != shape:
-                raise LoraxError(f"{tensor.path}: tensor {name!r} has shape {tensor.shape}; the config says {shape}")
-            if not tensor.floating:
-                raise LoraxError(f"{tensor.path}: tensor {name!r} is {tensor.dtype}; lorax reads F64, F32, F16, BF16")
-            claimed.add(name)
-    # A tied model's file may repeat the embedding as the head.
-    claimed |= {"lm_head.weight"} if config.tie_embeddings else set()
-    spare = sorted(name for name in source.tensors if name not in claimed and not name.endswith(DERIVED))
-    if spare:
-        raise LoraxError(
-            f"{source.path}: tensor {spare[0]!r} ({len(spare)} such) is no parameter of a {config.family} decoder of "
-            f"{config.num_layers} layers; lorax cannot compute what it would add"
-        )
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Num[np.ndarray, ...]:
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def _plain(state: nnx.State) -> dict[str, Any]:
 
 
 def _dtype_of(params: PyTree) -> Any:
-    return next((leaf.dtype for leaf in jax.tree.leaves(params)), jnp.float32)
+    # A norm's scale is never quantised.
+    return params["norm"]["scale"].dtype if "norm" in params else jnp.float32
 
 
 def _difference(params: PyTree, config: ModelConfig) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from lorax.errors import LoraxError
 from lorax.paths import Pattern
 from lorax.spec import ALL_LINEAR
+from lorax_kernels.nf4.codebooks import FOUR_BIT
 from lorax_kernels.nf4.formats import BLOCK_SIZES, FORMATS
 
 
@@ -43,6 +44,12 @@ class QuantSpec:
             raise LoraxError(f"QuantSpec: block_size {self.block_size!r}: choose one of {BLOCK_SIZES}")
         if isinstance(self.targets, Iterable) and not isinstance(self.targets, (str, tuple)):
             object.__setattr__(self, "targets", tuple(self.targets))
+
+    def describe(self) -> str:
+        """The format in words."""
+        if self.format not in FOUR_BIT:
+            return self.format
+        return f"{self.format} in blocks of {self.block_size}{', double quantisation' if self.double_quant else ''}"
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON keeps them."""

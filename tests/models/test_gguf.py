@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from lorax.errors import LoraxError
 from lorax.models.config import ModelConfig, RopeScaling
 from lorax.models.gguf import BLOCKS, read_gguf, read_tensors
-from lorax.models.hf import load_params, open_checkpoint
+from lorax.models.hf import open_checkpoint
+from lorax.models.read import load_params
 from lorax.models.tokenizer_gguf import from_metadata
 
 FILES = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

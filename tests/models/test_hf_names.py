@@ -16,8 +16,9 @@ from gguf_files import CONFIG, gguf_weights, hf_weights, write_gguf
 
 from lorax.errors import LoraxError
 from lorax.models import ModelConfig, load, save_hf
-from lorax.models.hf import load_params, open_checkpoint
+from lorax.models.hf import open_checkpoint
 from lorax.models.model import abstract_params
+from lorax.models.read import load_params
 
 FAMILIES = {
     "llama": CONFIG,
@@ -207,7 +208,8 @@ MEASURE = """
     import re, sys
     import jax, jax.numpy as jnp
     from lorax.models.config import ModelConfig
-    from lorax.models.hf import load_params, open_checkpoint
+    from lorax.models.hf import open_checkpoint
+    from lorax.models.read import load_params
 
     def kilobytes(key):
         return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -18,8 +18,11 @@ THREADS = 2
 
 def mean(x: Float32[Array, "n"], threads: int = THREADS) -> Float32[Array, ""]:
     """sum(x) / n, bit for bit as torch computes it on a CPU with that many threads."""
-    # Behind a barrier, or the compiler turns the division by a constant into a product with its inverse.
-    return total(x, threads) / jax.lax.optimization_barrier(jnp.float32(x.shape[0]))
+    sum_ = total(x, threads)
+    # The compiler turns a division by a constant, or by one number for all of a mapped batch, into a product with the
+    # inverse. So the count is made to look like data, and like data of each batch element.
+    count = jnp.where(sum_ == sum_, jnp.float32(x.shape[0]), jnp.float32(1))
+    return sum_ / jax.lax.optimization_barrier(count)
 
 
 def total(x: Float32[Array, "n"], threads: int = 1) -> Float32[Array, ""]:
