@@ -9,7 +9,7 @@ from lorax.errors import LoraxError
 from lorax.io.peft import load_adapter, save_adapter
 from lorax.lift import lift
 from lorax.masks import mask, optimizer
-from lorax.quant import Quantized, dequantize, loftq, quantize, requantize
+from lorax.quant import Quantized, QuantSpec, dequantize, loftq, quantize, requantize
 from lorax.report import report
 from lorax.spec import LoraSpec
 from lorax.tree import attach, extract, join, merge, split, unmerge
@@ -24,6 +24,7 @@ __all__ = [
     "LoraSpec",
     "LoraxError",
     "LowRank",
+    "QuantSpec",
     "Quantized",
     "adapt",
     "attach",

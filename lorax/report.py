@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from lorax.quantized import Quantized
 from lorax.tree import named_leaves, pick
 from lorax.weights import Concat, Full, LowRank
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight. Counts are array elements, bytes are of the arrays as they are held."""
+    """One weight. Counts are of parameters, whatever they are packed into; bytes are of the arrays as they are held."""
 
     path: str
     kind: str
@@ -119,17 +120,17 @@ def report(params: Any) -> Report:
     return Report(tuple(_row(path, leaf) for path, leaf in named_leaves(params)))
 
 
-_KINDS = {LowRank: "low-rank", Full: "full", Concat: "pieces"}
+_KINDS = {Quantized: "quantised", LowRank: "low-rank", Full: "full", Concat: "pieces"}
 
 
 def _row(path: str, leaf: Any) -> Row:
-    trains, frozen = _arrays(pick(leaf, True)), _arrays(_without_scale(pick(leaf, False)))
+    trains, frozen = _arrays(pick(leaf, True)), _held(leaf)
     low_rank = isinstance(leaf, LowRank)
     return Row(
         path=path,
         kind=_KINDS.get(type(leaf), "frozen"),
         shape=tuple(leaf.shape),
-        dtype=jnp.dtype(leaf.dtype).name if hasattr(leaf, "dtype") else type(leaf).__name__,
+        dtype=_dtype(leaf),
         rank=leaf.rank if low_rank else None,
         scale=_scale(leaf) if low_rank else None,
         trainable=sum(_size(x) for x in trains),
@@ -139,8 +140,19 @@ def _row(path: str, leaf: Any) -> Row:
     )
 
 
-def _without_scale(leaf: Any) -> Any:
-    return leaf.base if isinstance(leaf, LowRank) else leaf
+def _held(leaf: Any) -> list[Any]:
+    """What does not train, with quantised weights whole; the scale of a low-rank change counts as neither."""
+    if isinstance(leaf, Concat):
+        return [x for part in leaf.parts for x in _held(part)]
+    rest = leaf.base if isinstance(leaf, LowRank) else leaf
+    return [rest] if isinstance(rest, Quantized) else _arrays(pick(rest, False))
+
+
+def _dtype(leaf: Any) -> str:
+    base = leaf.base if isinstance(leaf, LowRank) else leaf
+    if isinstance(base, Quantized):
+        return base.array.format
+    return jnp.dtype(leaf.dtype).name if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
 def _scale(leaf: LowRank) -> float | None:
@@ -158,4 +170,4 @@ def _size(x: Any) -> int:
 
 
 def _bytes(x: Any) -> int:
-    return _size(x) * jnp.dtype(x.dtype).itemsize
+    return x.nbytes if isinstance(x, Quantized) else _size(x) * jnp.dtype(x.dtype).itemsize

@@ -286,6 +286,11 @@ def train_last(params: Any, k: int, pattern: Pattern = "layers/*") -> Any:
         raise LoraxError(
             f"last-k: the weights under {pattern!r} are not stacked over the same layers ({sorted(counts)})"
         )
+    for path, leaf in named:
+        if path in chosen and is_structured(leaf):
+            raise LoraxError(
+                f"last-k: {path} is a {type(leaf).__name__} and cannot train as a whole; load it in 16 bits"
+            )
     (layers,) = counts
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layers:
         raise LoraxError(f"last-k: k must be a whole number from 1 to the {layers} layers, not {k!r}")

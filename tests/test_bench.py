@@ -71,6 +71,7 @@ def test_a_run_without_a_peer_measures_the_rest_and_says_so(base, tmp_path):
         "tokens_per_second_against_peft",
         "tokens_per_second_against_peft_with_our_malloc",
         "memory_beyond_base_against_peft",
+        "qlora_tokens_per_second_against_peft_and_bitsandbytes",
     }
     assert all(value > 0 for name, value in values.items() if name not in with_peer)
     assert all(len(times["all"]) == 2 for times in result["seconds"].values())

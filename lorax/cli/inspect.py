@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -29,21 +28,14 @@ class Args:
     """Print one JSON object."""
 
     def run(self, words: Sequence[str]) -> None:
-        import jax
-
         from lorax import report
 
         source = find(self.base, self.path) if _is_adapter(Path(self.path)) else find(self.path, None)
         model, params = open_model(source)
         about = report(params)
         weights = [
-            {
-                "path": _name(path),
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype),
-                "parameters": leaf.size,
-            }
-            for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]
+            {"path": row.path, "shape": list(row.shape), "dtype": row.dtype, "parameters": row.frozen}
+            for row in report(model.params).rows
         ]
         if self.json:
             print_json(
@@ -68,9 +60,3 @@ class Args:
 def _is_adapter(path: Path) -> bool:
     homes = (path / "adapter_config.json", path / "adapter" / "adapter_config.json", path / "run.json")
     return any(home.is_file() for home in homes)
-
-
-def _name(path: Any) -> str:
-    from lorax.train.checkpoint import path_name
-
-    return path_name(path)

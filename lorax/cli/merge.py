@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from lorax.cli.output import print_json
 from lorax.cli.source import find, open_model
@@ -24,6 +25,9 @@ class Args:
     """The directory to write; it must not exist."""
     base: str | None = None
     """The base model; by default the one that the adapter was trained on."""
+    into: Literal["original", "dequantized", "requantized"] = "original"
+    """Of a QLoRA run: add the change to the base as its file has it, to the dequantised 4-bit base (what training saw),
+    or to that and quantise the sum again."""
     json: bool = False
     """Print one JSON object."""
 
@@ -34,13 +38,52 @@ class Args:
         source = find(self.base, self.adapter)
         if source.adapter is None:
             raise LoraxError(f"{self.adapter}: that run trained whole weights; {source.base} is already one model")
-        from lorax import merge
+        if self.into == "original" and source.loftq:
+            raise LoraxError(
+                f"{self.adapter}: LoftQ fitted the factors to its own quantised base, and over the original they would "
+                "add its error; take --into dequantized or requantized"
+            )
         from lorax.models import save_hf
 
-        model, params = open_model(source)
-        save_hf(out, model, merge(params))
+        model, params = open_model(source, packed=self.into != "original")
+        self._check(params)
+        tree, losses = _merged(params, self.into)
+        save_hf(out, model, tree)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        report = {"out": str(out), "base": source.base, "adapter": str(source.adapter), "bytes": size}
+        if losses:
+            mean = sum(losses.values()) / len(losses)
+            worst = max(losses, key=losses.__getitem__)
+            report["requantized"] = {"mean_loss": mean, "worst_loss": losses[worst], "worst": worst, "losses": losses}
         if self.json:
-            print_json({"out": str(out), "base": source.base, "adapter": str(source.adapter), "bytes": size})
-        else:
-            print(f"{source.base} + {source.adapter} -> {out} ({size / 1e6:,.1f} MB)")
+            print_json(report | {"into": self.into})
+            return
+        print(f"{source.base} + {source.adapter} -> {out} ({size / 1e6:,.1f} MB)")
+        if losses:
+            print(
+                f"rounding to 4 bits again moved the weights by {mean:.2f} times the change on average, "
+                f"{losses[worst]:.2f} times at worst ({worst}); below 1 most of the change is kept"
+            )
+
+    def _check(self, params: Any) -> None:
+        """Whether --into makes sense for the base that was loaded."""
+        from lorax.quant import Quantized
+        from lorax.tree import named_leaves
+        from lorax.weights import LowRank
+
+        changed = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, LowRank)]
+        packed = any(isinstance(leaf.base, Quantized) for leaf in changed)
+        if packed and self.into == "original":
+            raise LoraxError(
+                f"{self.adapter}: its base is a file in 4 bits, and there is no other original; "
+                "take --into dequantized or requantized"
+            )
+        if not packed and self.into != "original":
+            raise LoraxError(f"--into {self.into}: {self.adapter} was trained over a base that is not quantised")
+
+
+def _merged(params: Any, into: str) -> tuple[Any, dict[str, float]]:
+    """The tree to save, and what quantising again costs each weight."""
+    from lorax import merge, requantize
+
+    return requantize(params) if into == "requantized" else (merge(params), {})

@@ -12,10 +12,41 @@ DEFAULT_BASE = "smollm2-135m"
 
 
 class Source(NamedTuple):
-    """A base by name, and the folder of an adapter over it (None for the base alone)."""
+    """A base by name, the folder of an adapter over it (None for the base alone), and the run that made it.
+
+    trained: the settings of the run, where the adapter lies in one.
+    """
 
     base: str
     adapter: Path | None
+    trained: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+    @property
+    def loftq(self) -> bool:
+        """Whether the adapter's base was quantised for it, and lies beside it."""
+        return bool(self.trained.get("loftq"))
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the adapter was trained over a base in few bits."""
+        return self.trained.get("method") == "qlora"
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights and of the arithmetic."""
+        return self.trained.get("dtype", "float32")
+
+    def spec(self) -> Any:
+        """How the base was packed while it was loaded for training; None if it was not."""
+        if not self.quantised or self.loftq:
+            return None
+        from lorax.quant import QuantSpec
+
+        c = self.trained
+        try:
+            return QuantSpec(c["quant"], c["double_quant"], c["quant_block"])
+        except KeyError as error:
+            raise LoraxError(f"{self.adapter}: its run.json lacks {error}; it is damaged") from None
 
 
 def find(base: str | None, adapter: str | None) -> Source:
@@ -33,37 +64,54 @@ def find(base: str | None, adapter: str | None) -> Source:
     if not folder.is_dir():
         raise LoraxError(f"{folder}: no such folder (--adapter takes a run's folder or an adapter's)")
     if (folder / "adapter_config.json").is_file():
-        return Source(base or _named_by(folder.parent / "run.json", folder / "adapter_config.json"), folder)
+        return _over(base, folder, folder.parent)
     if (folder / "adapter" / "adapter_config.json").is_file():
-        return Source(
-            base or _named_by(folder / "run.json", folder / "adapter" / "adapter_config.json"),
-            folder / "adapter",
-        )
+        return _over(base, folder / "adapter", folder)
     if (folder / "model" / "config.json").is_file():
         return Source(str(folder / "model"), None)
     raise LoraxError(f"{folder}: holds neither adapter_config.json nor a finished run")
 
 
-def open_model(source: Source) -> tuple[Any, Any]:
-    """Load a source: the model, and its parameters with the adapter over them if there is one."""
+def _over(base: str | None, adapter: Path, run: Path) -> Source:
+    """An adapter and its base: the quantised one that a LoftQ run wrote beside it, or one by name."""
+    settings = _settings(run / "run.json")
+    if settings.get("loftq"):
+        own = run / "base"
+        if base is not None and Path(base).resolve() != own.resolve():
+            raise LoraxError(
+                f"{adapter}: LoftQ fitted it to the quantised base in {own}, and to no other; leave --base out"
+            )
+        return Source(str(own), adapter, settings)
+    return Source(base or settings.get("base") or _named_by(adapter / "adapter_config.json"), adapter, settings)
+
+
+def _settings(record: Path) -> dict[str, Any]:
+    """What a run's record says; nothing where there is none."""
+    try:
+        config = json.loads(record.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def open_model(source: Source, packed: bool = True) -> tuple[Any, Any]:
+    """Load a source: the model, and its parameters with the adapter over them if there is one.
+
+    packed: load the base as the run had it, in few bits if it was so; else as the file has it.
+    """
     from lorax import load_adapter
     from lorax.models import load
 
-    model = load(source.base)
+    model = load(source.base, source.dtype, quantize=source.spec() if packed else None)
     if source.adapter is None:
         return model, model.params
     return model, load_adapter(source.adapter, model.params)
 
 
-def _named_by(record: Path, config: Path) -> str:
-    """The base that a run's record names, else the adapter's own configuration, else the default."""
-    for path, keys in ((record, ("config", "base")), (config, ("base_model_name_or_path",))):
-        try:
-            value = json.loads(path.read_text())
-            for key in keys:
-                value = value[key]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(value, str) and value:
-            return value
-    return DEFAULT_BASE
+def _named_by(config: Path) -> str:
+    """The base that an adapter's own configuration names, else the default."""
+    try:
+        value = json.loads(config.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_BASE
+    return value if isinstance(value, str) and value else DEFAULT_BASE

@@ -2,8 +2,10 @@
 
     weights: path -> {kind, shape, axes, scale}       so that any tree comes back exactly
     base:    path -> {shape, dtype, sample}           so that an adapter for another base is refused
+             (and "quantised", the format, for one that is kept in few bits)
 
-The sample is a few values of the base weight at fixed places, compared within the rounding of its storage type.
+The sample is a few values of the base weight at fixed places, compared within the rounding of its storage type. Over a
+base in another format than before, which is another base in each value, the samples must still be alike as a whole.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import numpy as np
 
 from lorax.errors import LoraxError
 from lorax.io.peft_config import read_object
+from lorax.quantized import Quantized
 from lorax.weights import Axes, is_structured
+from lorax_kernels.nf4.lookup import elements
 
 FILE = "lorax.json"
 FORMAT = 1
@@ -57,10 +61,12 @@ def vars_of(axes: Axes) -> dict[str, list[int]]:
 
 
 def fingerprint(base: Any) -> dict[str, Any] | None:
-    """Shape, dtype and a sample of a base weight; None for one that is not there or not a plain array."""
-    if base is None or is_structured(base) or not hasattr(base, "shape"):
+    """Shape, dtype and a sample of a base weight; None for one that is not there or is itself adapted."""
+    if base is None or _is_adapted(base) or not hasattr(base, "shape"):
         return None
     out: dict[str, Any] = {"shape": list(base.shape), "dtype": jnp.dtype(base.dtype).name}
+    if isinstance(base, Quantized):
+        out["quantised"] = _format(base)
     sample = values(base)
     return out if sample is None else {**out, "sample": sample}
 
@@ -68,11 +74,14 @@ def fingerprint(base: Any) -> dict[str, Any] | None:
 def values(base: Any) -> list[float] | None:
     """A few values of an array at places that depend on its shape alone; None where there are none to see."""
     size = math.prod(base.shape)
-    if isinstance(base, jax.ShapeDtypeStruct) or not size or not jnp.issubdtype(base.dtype, jnp.floating):
+    first = jax.tree.leaves(base)[0]
+    if isinstance(first, jax.ShapeDtypeStruct) or not size or not jnp.issubdtype(base.dtype, jnp.floating):
         return None
     # An odd step through the array, so that the places differ in every axis.
     places = np.unique(np.linspace(0, size - 1, min(SAMPLES, size)).astype(np.int64))
     at = np.unravel_index(places, base.shape)
+    if isinstance(base, Quantized):
+        return _quantised_values(base, at)
     # On the host the array is a view and needs no compiler; elsewhere only what is picked crosses.
     on_host = isinstance(base, np.ndarray) or (
         base.is_fully_addressable and all(device.platform == "cpu" for device in base.devices())
@@ -81,13 +90,39 @@ def values(base: Any) -> list[float] | None:
     return picked.astype(np.float64).tolist()
 
 
+def _quantised_values(base: Quantized, at: tuple[np.ndarray, ...]) -> list[float]:
+    """Values at places of the weight, without dequantising the others."""
+    front = len(base.array.stack)
+    stored = tuple(at[front + axis] for axis in base.order)
+    flat: Any = np.ravel_multi_index(stored, base.array.slice_shape)
+    slices = np.stack(at[:front], axis=1) if front else np.zeros((flat.size, 0), np.int64)
+    out = np.zeros(flat.size)
+    for index in sorted(set(map(tuple, slices.tolist()))):
+        here = (slices == np.asarray(index, np.int64)).all(axis=1)
+        part = jax.tree.map(lambda x, index=index: x[index], base.array)
+        out[here] = np.asarray(elements(part, jnp.asarray(flat[here], jnp.int32)), np.float64)
+    return out.tolist()
+
+
+def _format(base: Any) -> str | None:
+    """How a weight is quantised, in words; None for a plain one."""
+    if not isinstance(base, Quantized):
+        return None
+    array = base.array
+    return f"{array.format}/{array.block_size}{'/double' if array.scales2 is not None else ''}"
+
+
+def _is_adapted(base: Any) -> bool:
+    return is_structured(base) and not isinstance(base, Quantized)
+
+
 def compare(path: Path, name: str, recorded: Any, base: Any) -> None:
     """Refuse a base weight that is not the one that an adapter was trained over.
 
     Raises:
         LoraxError: names the weight and what differs.
     """
-    if not isinstance(recorded, dict) or is_structured(base):
+    if not isinstance(recorded, dict) or _is_adapted(base):
         return
     elsewhere = f"{path.parent}: the adapter is for another base: {name}"
     if recorded.get("shape") != list(base.shape):
@@ -97,6 +132,10 @@ def compare(path: Path, name: str, recorded: Any, base: Any) -> None:
         return
     if not _floats(then) or len(then) != len(now):
         raise LoraxError(f"{path}: the sample of {name} is malformed; the adapter is damaged")
+    if recorded.get("quantised") != _format(base):
+        if not _alike(np.asarray(then), np.asarray(now)):
+            raise LoraxError(f"{elsewhere} has other values; pass check_base=False to use it anyway")
+        return
     tolerance = max(_step(recorded.get("dtype")), _step(jnp.dtype(base.dtype).name))
     far = np.abs(np.subtract(then, now)) > tolerance * np.maximum(np.abs(then), np.abs(now)) + 1e-30
     if far.any():
@@ -105,6 +144,12 @@ def compare(path: Path, name: str, recorded: Any, base: Any) -> None:
             f"{elsewhere} has other values (a sampled one was {then[at]:.6g}, and is {now[at]:.6g} here); "
             "pass check_base=False to use it anyway"
         )
+
+
+def _alike(then: np.ndarray, now: np.ndarray) -> bool:
+    """Whether two samples are one weight in two formats: 4 bits keep the direction to within a cosine of 0.98."""
+    norms = float(np.linalg.norm(then) * np.linalg.norm(now))
+    return norms == 0 or float(then @ now) / norms > 0.9
 
 
 def _step(dtype: Any) -> float:

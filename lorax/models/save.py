@@ -14,8 +14,10 @@ import numpy as np
 from lorax.errors import LoraxError
 from lorax.io import safetensors
 from lorax.io.atomic import replace_dir, write_json
+from lorax.models import save_packed
 from lorax.models.config import ModelConfig
 from lorax.models.hf import INDEX, SINGLE, Kind, kinds
+from lorax.quant import Quantized
 
 # Bytes of one file above which the weights are split.
 MAX_SHARD = 4 << 30
@@ -27,7 +29,7 @@ def save_hf(directory: str | Path, model: Any, params: Any, max_shard: int = MAX
     Args:
         directory: is replaced.
         model: gives `.config` and `.tokenizer` (None leaves the tokenizer's files out).
-        params: the plain (merged) tree of that config.
+        params: the plain (merged) tree of that config; quantised kernels become a bitsandbytes 4-bit checkpoint.
         max_shard: bytes of a file above which the weights are split, with an index beside them.
 
     Raises:
@@ -39,6 +41,7 @@ def save_hf(directory: str | Path, model: Any, params: Any, max_shard: int = MAX
     config: ModelConfig = model.config
     flat = _flat(params)
     _check(config, flat)
+    quantised = save_packed.config(flat, kinds(config))
     shards = _shards(_tensors(config, flat), max_shard)
     with replace_dir(directory) as aside:
         where: dict[str, str] = {}
@@ -51,7 +54,7 @@ def save_hf(directory: str | Path, model: Any, params: Any, max_shard: int = MAX
             total = sum(entry.nbytes for entries in shards for entry in entries)
             write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         dtype = jnp.dtype(flat["embed/embedding"].dtype).name
-        write_json(aside / "config.json", config.to_hf() | {"torch_dtype": dtype})
+        write_json(aside / "config.json", config.to_hf() | {"torch_dtype": dtype} | quantised)
         if model.tokenizer is not None:
             model.tokenizer.save(aside)
 
@@ -73,6 +76,8 @@ def _check(config: ModelConfig, flat: dict[str, Any]) -> None:
         want = ((config.num_layers,) if kind.stacked else ()) + kind.shape
         if tuple(flat[path].shape) != want:
             raise LoraxError(f"{path}: has shape {tuple(flat[path].shape)}, and the config says {want}")
+        if isinstance(flat[path], Quantized):
+            save_packed.check(kind, flat[path])
 
 
 def _tensors(config: ModelConfig, flat: dict[str, Any]) -> list[safetensors.Entry]:
@@ -81,6 +86,9 @@ def _tensors(config: ModelConfig, flat: dict[str, Any]) -> list[safetensors.Entr
         shape = tuple(reversed(kind.shape)) if kind.transposed else kind.shape
         whole = flat[kind.path]
         for i in range(config.num_layers) if kind.stacked else (None,):
+            if isinstance(whole, Quantized):
+                out += save_packed.entries(kind, whole, i)
+                continue
             name, dtype = kind.hf.format(i), np.dtype(whole.dtype)
             out.append(safetensors.Entry(name, shape, dtype, lambda w=whole, k=kind, i=i: _one(w, k, i)))
     return out

@@ -6,11 +6,17 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorax.errors import LoraxError
 
-Method = Literal["lora", "full", "head", "last-k"]
+if TYPE_CHECKING:
+    from lorax.quant import QuantSpec
+
+# Methods whose result is an adapter; the others change whole weights.
+ADAPTERS = ("lora", "qlora")
+
+Method = Literal["lora", "qlora", "full", "head", "last-k"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class TrainConfig:
     eval_data: str | None = None
     """Held-out JSONL, in the same format as --data."""
     method: Method = "lora"
-    """What may change: low-rank factors, every weight, the output head, or the last k blocks."""
+    """What may change: low-rank factors (qlora: over a quantised base), every weight, the output head, or the last k
+    blocks."""
     rank: int = 16
     """LoRA rank r."""
     alpha: float = 32.0
@@ -35,10 +42,22 @@ class TrainConfig:
     """Weights that get factors: globs over paths such as layers/attn/q_proj/kernel, or all-linear."""
     scaling: Literal["lora", "rslora"] = "lora"
     """How alpha becomes the scale."""
+    quant: Literal["nf4", "fp4", "int8", "bf16"] = "nf4"
+    """Format of the base with --method qlora."""
+    double_quant: bool = True
+    """Scales of the quantised base in 8 bits as well: 4.127 bits a parameter instead of 4.5."""
+    quant_block: Literal[32, 64, 128, 256] = 64
+    """Parameters that share a scale in the quantised base."""
+    loftq: int = 0
+    """Turns of LoftQ: factors that start by making up for the quantisation error; 0 starts them at zero."""
     last_k: int = 2
     """Blocks that train with --method last-k."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW, or AdamW with its moments in 8 bits."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the base's weights and of the arithmetic; factors are float32 whatever it is."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     steps: int | None = None
@@ -89,8 +108,26 @@ class TrainConfig:
         for name in ("lr", "alpha", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise LoraxError(f"{name} is {getattr(self, name)}: must be above 0")
+        if self.method not in ADAPTERS and self.dtype != "float32":
+            raise LoraxError(
+                f"--dtype {self.dtype}: --method {self.method} would train weights of that dtype, which swallow small "
+                "steps; leave it out, or train factors with --method lora or qlora"
+            )
+        if self.loftq and self.method != "qlora":
+            raise LoraxError(f"--loftq {self.loftq}: makes up for quantisation, and --method {self.method} has none")
+        if self.loftq and self.quant not in ("nf4", "fp4"):
+            raise LoraxError(f"--loftq {self.loftq}: its base is kept in 4 bits; use --quant nf4 or fp4")
         if not self.targets:
             raise LoraxError('targets is empty: give at least one pattern, for instance "all-linear"')
+
+    @property
+    def quantised(self) -> QuantSpec | None:
+        """How the base is packed while it is loaded; None if it is not (LoftQ needs the weights as they are first)."""
+        if self.method != "qlora" or self.loftq:
+            return None
+        from lorax.quant import QuantSpec  # as late as the weights: `lorax train --help` needs none of it
+
+        return QuantSpec(self.quant, self.double_quant, self.quant_block)
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON keeps them (tuples become lists)."""
@@ -98,7 +135,7 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    "rank": 1, "last_k": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "clip": 0,
+    "rank": 1, "last_k": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "clip": 0, "loftq": 0,
     "warmup": 0, "weight_decay": 0, "eval_every": 0, "eval_items": 1, "save_every": 1, "seed": 0,
 }  # fmt: skip
 

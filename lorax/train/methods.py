@@ -1,6 +1,7 @@
-"""Four ways to fine-tune, as masks over the same tree.
+"""Ways to fine-tune, as masks over the same tree.
 
     lora     LowRank leaves on the targets          only A and B train
+    qlora    the same over a quantised base         only A and B train
     full     every leaf is Full                     everything trains
     head     lm_head is Full                        a linear probe over frozen features
     last-k   stacked leaves are Concat(frozen, Full) the top k blocks train
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from lorax import LoraSpec, adapt
+from lorax.quant import loftq
 from lorax.train.config import TrainConfig
 from lorax.tree import train_last
 
@@ -26,7 +28,7 @@ def adapted(model: Any, config: TrainConfig) -> tuple[Any, PyTree]:
     """The model and its parameters with the leaves that `config.method` lets train.
 
     Args:
-        model: a zoo model (`.params`, `.config`, `.apply`).
+        model: a zoo model (`.params`, `.config`, `.apply`); for `qlora` loaded with `config.quantised`.
         config: the run; `method`, `targets`, `rank`, `alpha`, `scaling`, `last_k` and `seed` are read.
 
     Returns:
@@ -42,6 +44,9 @@ def adapted(model: Any, config: TrainConfig) -> tuple[Any, PyTree]:
         model = untied(model)
     key = jax.random.key(config.seed)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    if config.method == "qlora" and config.loftq:
+        quant = (config.quant, config.double_quant, config.quant_block, config.loftq)
+        return model, loftq(model.params, spec_for(config), *quant, fn=model.apply, args=(example,))
     return model, adapt(key, model.params, spec_for(config), fn=model.apply, args=(example,))
 
 

@@ -1,4 +1,4 @@
-"""What is minimised, and by what: the supervised loss of a decoder, and AdamW."""
+"""What is minimised, and by what: the supervised loss of a decoder, and AdamW, its moments in 32 or 8 bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 from lorax import join, lift
+from lorax.optim import adamw8bit
 from lorax.train.config import TrainConfig
 from lorax.train.loss import cross_entropy
 from lorax.train.schedule import Schedule, learning_rate
@@ -40,9 +41,10 @@ def make_optimizer(config: TrainConfig, steps: int) -> tuple[optax.GradientTrans
     """AdamW behind a clip of the global norm, and its schedule.
 
     Args:
-        config: `lr`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
+        config: `optimizer`, `lr`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
         steps: optimizer steps of the whole run.
     """
     rate = learning_rate(config.lr, steps, warmup=config.warmup, shape=config.schedule)
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip > 0 else []
-    return optax.chain(*clip, optax.adamw(rate, weight_decay=config.weight_decay)), rate
+    adamw = adamw8bit if config.optimizer == "adamw8bit" else optax.adamw
+    return optax.chain(*clip, adamw(rate, weight_decay=config.weight_decay)), rate

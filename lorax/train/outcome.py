@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,49 @@ import jax
 from jaxtyping import PyTree
 
 from lorax import merge, save_adapter
-from lorax.train.config import TrainConfig
+from lorax.quant import Quantized
+from lorax.train.config import ADAPTERS, TrainConfig
 from lorax.train.dataset import Dataset
 from lorax.train.receipts import Receipt
 from lorax.train.step import State
+from lorax.tree import map_named, named_leaves
+from lorax.weights import LowRank
 
 
 def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> Path:
-    """Write what was trained: `adapter/` in PEFT's format for LoRA, else `model/`, a Hugging Face directory.
+    """Write what was trained: `adapter/` in PEFT's format for factors, else `model/`, a Hugging Face directory.
+
+    LoftQ's factors belong to the base that was quantised for them: it is written beside them, as `base/`.
 
     Returns:
-        The folder written.
+        The folder of what was trained.
     """
-    if config.method == "lora":
-        save_adapter(out / "adapter", params, base_name=config.base)
-        return out / "adapter"
     from lorax.models import save_hf
 
+    if config.method in ADAPTERS:
+        if config.loftq:
+            save_hf(out / "base", model, base_of(params))
+        save_adapter(out / "adapter", params, base_name=str(out / "base") if config.loftq else config.base)
+        return out / "adapter"
     save_hf(out / "model", model, merge(params))
     return out / "model"
+
+
+def base_of(params: PyTree) -> PyTree:
+    """An adapted tree without its low-rank changes."""
+    return map_named(lambda _, leaf: leaf.base if isinstance(leaf, LowRank) else leaf, params)
+
+
+def base_figures(params: PyTree) -> dict[str, Any]:
+    """What the base weighs: bytes of all arrays, bits a parameter of the quantised ones (None without any)."""
+    leaves = [leaf for _, leaf in named_leaves(base_of(params))]
+    packed = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
+    count = sum(math.prod(leaf.shape) for leaf in packed)
+    return {
+        "bytes": sum(x.nbytes for leaf in leaves for x in jax.tree.leaves(leaf)),
+        "quantised_parameters": count,
+        "bits_per_quantised_parameter": round(8 * sum(leaf.nbytes for leaf in packed) / count, 4) if count else None,
+    }
 
 
 def build_report(
@@ -38,6 +63,7 @@ def build_report(
     receipts: list[Receipt],
     state: State,
     saved: Path,
+    base: dict[str, Any],
     record: dict[str, Any],
 ) -> dict[str, Any]:
     """The report of a run, as `report.json` holds it: JSON values only."""
@@ -52,6 +78,7 @@ def build_report(
             "bytes": sum(leaf.nbytes for leaf in leaves),
             "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         },
+        "base": base,
         "coverage": [receipt.as_json() for receipt in receipts],
         "data": {"name": data.name, "train_items": len(data.train), "eval_items": len(data.held_out)},
         "run": record,

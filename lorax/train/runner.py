@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -35,7 +36,7 @@ from lorax.train.evaluation import evaluate, make_scorer
 from lorax.train.interrupt import Asked, Interruptible
 from lorax.train.loop import Diverged, Row, fit
 from lorax.train.objective import language_model_loss, make_optimizer
-from lorax.train.outcome import build_report, save_result
+from lorax.train.outcome import base_figures, build_report, save_result
 from lorax.train.plot import plot_loss
 from lorax.train.progress import Display
 from lorax.train.receipts import coverage, unmoved
@@ -90,7 +91,7 @@ def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[
 
 def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
     """Load the base and the data, and write the record; the same data is required of a resumed run."""
-    base = load(config.base, remat=config.remat)
+    base = load(config.base, jnp.dtype(config.dtype), config.remat, config.quantised)
     data = prepare(config, base.tokenizer, show.say)
     model, params = methods.adapted(base, config)
     stream = data.stream(config)
@@ -129,7 +130,7 @@ def _fingerprint(params: PyTree) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024]).tobytes())
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024] if leaf.ndim else leaf).tobytes())
     return digest.hexdigest()
 
 
@@ -239,7 +240,8 @@ class _Run:
 
     def _finish(self, state: State) -> dict[str, Any]:
         receipts = coverage(state)
-        saved = save_result(self.out, self.model, join(state.trainable, self.frozen), self.config)
+        params = join(state.trainable, self.frozen)
+        saved = save_result(self.out, self.model, params, self.config)
         plot_loss(self.out / "loss.png", self.log.rows, self.evals, f"{self.config.method} on {self.data.name}")
         report = build_report(
             self.config,
@@ -249,6 +251,7 @@ class _Run:
             receipts,
             state,
             saved,
+            base_figures(params),
             read_json(self.out / "run.json"),
         )
         atomic.write_json(self.out / "report.json", report)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lorax_kernels.nf4.array import GROUP, QuantizedArray, is_regular
 from lorax_kernels.nf4.codebooks import FOUR_BIT, dynamic_map
-from lorax_kernels.nf4.formats import DTYPES
+from lorax_kernels.nf4.formats import BLOCK_SIZES, DTYPES
 from lorax_kernels.nf4.layouts import canonical
 
 STATE = "quant_state.bitsandbytes__"
@@ -68,6 +68,29 @@ def to_bitsandbytes(q: QuantizedArray) -> dict[str, Any]:
     return out
 
 
+def to_checkpoint(q: QuantizedArray) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint that hold a 4-bit array, without the weight's own prefix.
+
+    Args:
+        q: nf4 or fp4, without stacked axes.
+
+    Returns:
+        `""` (the codes), `"absmax"`, `"quant_map"`, `"quant_state.bitsandbytes__nf4"`, and with double quantisation
+        `"nested_absmax"` and `"nested_quant_map"`: arrays on the host.
+
+    Raises:
+        ValueError: as `to_bitsandbytes`.
+    """
+    arrays = to_bitsandbytes(q)
+    out = {"": arrays["codes"], "absmax": arrays["absmax"], "quant_map": arrays["quant_map"]}
+    state = {name: arrays[name] for name in ("quant_type", "blocksize", "dtype")} | {"shape": list(arrays["shape"])}
+    if "absmax2" in arrays:
+        out |= {"nested_absmax": arrays["absmax2"], "nested_quant_map": arrays["map2"]}
+        state |= {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": float(arrays["offset"])}
+    out[STATE + q.format] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return {name: np.asarray(value) for name, value in out.items()}
+
+
 def from_bitsandbytes(arrays: Mapping[str, Any]) -> QuantizedArray:
     """The inverse of `to_bitsandbytes`; takes a checkpoint's names as well, without the weight's own prefix.
 
@@ -85,6 +108,8 @@ def from_bitsandbytes(arrays: Mapping[str, Any]) -> QuantizedArray:
     dtype = str(given.get("dtype", "float32"))
     if format not in FOUR_BIT or dtype not in DTYPES:
         raise ValueError(f"4-bit arrays of type {format!r} and dtype {dtype!r} are not served; nf4 and fp4 are")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {block_size} are not served; {', '.join(map(str, BLOCK_SIZES))} are")
     _check_map(given.get("quant_map"), FOUR_BIT[format], format)
     n = math.prod(shape)
     blocks = -(-n // block_size)

@@ -27,7 +27,7 @@ def take(q: QuantizedArray, indices: Int[Array, "*batch"], axis: int = 0) -> Flo
     if q.is_regular and axis == 0 and len(shape) > 1:
         return _whole_rows(q, indices)
     if not q.is_regular or q.format in ("nf4", "fp4"):
-        return _elements(q, _flat_index(shape, indices, axis))
+        return elements(q, _flat_index(shape, indices, axis))
     codes = jnp.take(q.codes, indices, axis=axis)
     codes = jnp.moveaxis(codes, range(axis, axis + indices.ndim), range(indices.ndim))
     if q.format == "bf16":
@@ -70,10 +70,15 @@ def _flat_index(shape: tuple[int, ...], indices: Array, axis: int) -> Array:
     return index
 
 
-def _elements(q: QuantizedArray, index: Array) -> Array:
-    """Single values of a 4-bit slice by their flat positions."""
+def elements(q: QuantizedArray, index: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """Single values of one slice by their positions along the flattened array, in float32."""
+    q = canonical(q)
     codebook = FORMATS[q.format].codebook
-    assert codebook is not None, q.format
+    if codebook is None:
+        codes = q.codes.reshape(-1)[index].astype(jnp.float32)
+        if q.scales is None:
+            return codes
+        return codes * (q.scales.reshape(-1)[index // q.slice_shape[-1]] * jnp.float32(1 / 127))
     assert q.scales is not None
     byte = q.codes.reshape(-1)[index // 2]
     code = jnp.where(index % 2 == 0, byte >> 4, byte & 15).astype(jnp.int32)
