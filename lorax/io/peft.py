@@ -59,7 +59,7 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None)
     Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     path, named = Path(path), named_leaves(params)
-    changed = {name: leaf for name, leaf in named if is_structured(leaf)}
+    changed = {name: leaf for name, leaf in named if peft_meta.is_adapted(leaf)}
     if not changed:
         raise LoraxError(f"{path}: nothing in this tree is adapted, so there is no adapter to save; adapt it first")
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _OURS):
@@ -145,7 +145,7 @@ def _concrete(name: str, *arrays: Any) -> None:
 
 def _base_of(leaf: Any) -> Any:
     """The frozen array behind a leaf. A weight that trained whole no longer has one."""
-    return leaf.base if isinstance(leaf, LowRank) else None if is_structured(leaf) else leaf
+    return leaf.base if isinstance(leaf, LowRank) else None if peft_meta.is_adapted(leaf) else leaf
 
 
 def _is_tied(params: Any) -> bool:

@@ -62,7 +62,7 @@ def vars_of(axes: Axes) -> dict[str, list[int]]:
 
 def fingerprint(base: Any) -> dict[str, Any] | None:
     """Shape, dtype and a sample of a base weight; None for one that is not there or is itself adapted."""
-    if base is None or _is_adapted(base) or not hasattr(base, "shape"):
+    if base is None or is_adapted(base) or not hasattr(base, "shape"):
         return None
     out: dict[str, Any] = {"shape": list(base.shape), "dtype": jnp.dtype(base.dtype).name}
     if isinstance(base, Quantized):
@@ -112,7 +112,8 @@ def _format(base: Any) -> str | None:
     return f"{array.format}/{array.block_size}{'/double' if array.scales2 is not None else ''}"
 
 
-def _is_adapted(base: Any) -> bool:
+def is_adapted(base: Any) -> bool:
+    """Whether a leaf is a change: a quantised weight is a base like a plain one."""
     return is_structured(base) and not isinstance(base, Quantized)
 
 
@@ -122,7 +123,7 @@ def compare(path: Path, name: str, recorded: Any, base: Any) -> None:
     Raises:
         LoraxError: names the weight and what differs.
     """
-    if not isinstance(recorded, dict) or _is_adapted(base):
+    if not isinstance(recorded, dict) or is_adapted(base):
         return
     elsewhere = f"{path.parent}: the adapter is for another base: {name}"
     if recorded.get("shape") != list(base.shape):

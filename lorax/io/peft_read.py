@@ -21,6 +21,7 @@ from lorax.io.peft_config import read as read_config
 from lorax.io.peft_meta import Entry
 from lorax.io.peft_names import BY_PATH, HEAD, PREFIX, TABLE, Slot, factor_names, find, modules, slot_of
 from lorax.io.stored import StoredTensor
+from lorax.quantized import Quantized
 from lorax.tree import named_leaves
 from lorax.weights import Axes, Concat, Full, LowRank, is_structured
 
@@ -36,7 +37,7 @@ def read_adapter(folder: Path, base: Any, check_base: bool) -> dict[str, Any]:
     if not folder.is_dir() or not (folder / CONFIG).is_file():
         raise LoraxError(f"{folder}: holds no {CONFIG}, so it is no adapter; name the folder that save_adapter wrote")
     plain = dict(named_leaves(base))
-    adapted = next((name for name, leaf in plain.items() if is_structured(leaf)), None)
+    adapted = next((name for name, leaf in plain.items() if peft_meta.is_adapted(leaf)), None)
     if adapted is not None:
         raise LoraxError(f"{adapted}: this tree is adapted already; load the adapter over the plain base")
     settings, tensors = read_config(folder / CONFIG), safetensors.read(folder / WEIGHTS)
@@ -293,8 +294,9 @@ class _Reader:
         if factor or found is None:
             return False
         (slot, layer), have = found, self.plain.get(found[0].path)
-        if have is None or isinstance(have, jax.ShapeDtypeStruct) or not tensor.floating:
+        if have is None or isinstance(jax.tree.leaves(have)[0], jax.ShapeDtypeStruct) or not tensor.floating:
             return False
+        have = have.dense() if isinstance(have, Quantized) else have
         if slot.layered and layer >= have.shape[0]:
             return False
         here = np.asarray(have[layer] if slot.layered else have, np.float32)
