@@ -62,7 +62,7 @@ class Args:
         if losses:
             print(
                 f"rounding to 4 bits again moved the weights by {mean:.2f} times the change on average, "
-                f"{losses[worst]:.2f} times at worst ({worst}); below 1 most of the change is kept"
+                f"{losses[worst]:.2f} times at worst ({worst}): 0 would keep all of it"
             )
 
     def _check(self, params: Any) -> None:

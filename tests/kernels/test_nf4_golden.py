@@ -1,0 +1,71 @@
+"""The format, bit for bit: codes, scales, scales of scales, offsets and values as bitsandbytes wrote them down."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax_kernels import nf4
+from lorax_kernels.nf4.mean import mean, total
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+_spec = importlib.util.spec_from_file_location("make_nf4", GOLDEN / "make_nf4.py")
+make = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make)
+RECORDED = dict(np.load(GOLDEN / "nf4.npz"))
+CASES = make.cases()
+
+
+def equal(ours, theirs, what):
+    np.testing.assert_array_equal(np.asarray(ours).reshape(-1), theirs, err_msg=what)
+
+
+@pytest.mark.parametrize("shape", make.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_every_bit_is_that_of_bitsandbytes(shape):
+    mine = [(number, case) for number, case in enumerate(CASES) if case[0] == shape]
+    assert mine
+    for number, (_, dtype, block, double, format) in mine:
+        what = f"{shape} {dtype} {block} {double} {format}"
+        x = jnp.asarray(make.values(shape)).astype(dtype)
+        q = nf4.quantize(x, block, double, format)
+        equal(q.codes, RECORDED[f"{number}/codes"], what)
+        equal(q.scales, RECORDED[f"{number}/absmax"], what)
+        if double:
+            equal(q.scales2, RECORDED[f"{number}/absmax2"], what)
+            equal(q.offset, RECORDED[f"{number}/offset"], what)
+        else:
+            assert q.scales2 is None
+        dense = nf4.dequantize(q)
+        assert dense.dtype == dtype
+        assert dense.shape == shape
+        dense = np.asarray(dense)
+        dense = np.where(np.abs(dense.astype(np.float64)) < np.finfo(np.float32).tiny, np.zeros_like(dense), dense)
+        bits = dense.view(np.int32 if dtype == "float32" else np.int16).reshape(-1)
+        equal(bits if bits.size < 1000 else bits.astype(np.int64).sum(), RECORDED[f"{number}/bits"], what)
+
+
+def test_the_golden_inputs_are_awkward():
+    x = make.values((130, 256)).reshape(-1)
+    assert (x == 0).sum() > 100
+    assert np.signbit(x[x == 0]).any()
+    assert ((x != 0) & (np.abs(x) < np.finfo(np.float32).tiny)).any()
+    assert len(x) // 64 > 256, "several groups of scales"
+
+
+@pytest.mark.parametrize("place", range(0, len(make.SIZES), 4))
+def test_means_are_summed_in_the_order_of_torch(place):
+    for index in range(place, min(place + 4, len(make.SIZES))):
+        x = jnp.asarray(make.numbers(make.SIZES[index]))
+        assert float(jax.jit(mean)(x)) == RECORDED["means"][index], make.SIZES[index]
+        assert float(jax.jit(total)(x)) == RECORDED["sums_of_one_thread"][index], make.SIZES[index]
+
+
+@pytest.mark.parametrize("count", [5, 100, 5184])
+def test_a_mapped_mean_rounds_like_one_alone(count):
+    """A division by one count for a whole batch must not become a product with the count's inverse."""
+    x = jnp.asarray(np.random.default_rng(count).random((31, count), np.float32))
+    alone = [float(jax.jit(mean)(row)) for row in x]
+    assert np.asarray(jax.jit(jax.vmap(mean))(x)).tolist() == alone
