@@ -253,6 +253,13 @@ def _pallas(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora:
     return pallas_tpu.matmul(x, words, packed, n=n, **more)
 
 
+def _triton(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: Any) -> Any:
+    from lorax_kernels.nf4_matmul import triton_gpu
+
+    run = triton_gpu.matmul_t if call.transpose else triton_gpu.matmul
+    return run(x, codes, scales, lora=lora, block_size=call.block_size)
+
+
 def _plain(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: Any) -> Any:
     """The meaning of a call in plain JAX: what the others are tested against, mesh rules included."""
     if call.words:
@@ -271,4 +278,4 @@ def _plain(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: 
     return y + (scale * h).astype(x.dtype) @ second.astype(x.dtype), h
 
 
-_BACKENDS = {"pallas": _pallas, "plain": _plain}
+_BACKENDS = {"pallas": _pallas, "triton": _triton, "plain": _plain}

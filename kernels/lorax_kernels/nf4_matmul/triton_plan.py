@@ -1,0 +1,92 @@
+"""How a product with a 4-bit weight is cut into tiles on an NVIDIA GPU, and the bytes that this moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECODE_ROWS = 32
+_BLOCKS_WANTED = 128  # streaming multiprocessors of the larger chips
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of one launch.
+
+    rows, free, contracted: y [M, F] = x [M, C] W; for dy @ W^T the free axis is K of W.
+    rank: of the low-rank term, padded to what a tensor core takes; 0 without one.
+    split: programs that share a tile of y, each with its part of C.
+    """
+
+    transposed: bool
+    rows: int
+    free: int
+    contracted: int
+    rank: int
+    split: int
+    block_rows: int
+    block_free: int
+    block_contracted: int
+    warps: int
+    stages: int
+    itemsize: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return (-(-self.rows // self.block_rows), -(-self.free // self.block_free), self.split)
+
+    def moved(self, rank: int) -> dict[str, int]:
+        """Bytes that must cross from device memory when each tile of x that one column of programs reads stays in L2.
+
+        Programs follow each other along the rows first, so codes and scales of a column of y are read once and found
+        in the cache by the programs beside it; x is read once for as long as it fits the cache, as it does here.
+        """
+        weights = self.free * self.contracted
+        out = {
+            "codes": weights // 2,
+            "scales": weights // 16,
+            "x": self.rows * self.contracted * self.itemsize,
+            "y": self.rows * self.free * self.itemsize,
+        }
+        if self.split > 1:
+            out["partial sums"] = 2 * self.split * self.rows * self.free * 4
+        if rank:
+            out["a, b, h"] = rank * ((self.free + self.contracted) * self.itemsize + 4 * self.rows)
+        return out
+
+
+def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int) -> Plan:
+    """Tiles for x @ W, or dy @ W^T, by the number of rows."""
+    free, contracted = (k, n) if transposed else (n, k)
+    padded_rank = 0 if not rank else max(16, 1 << (rank - 1).bit_length())
+    if m <= DECODE_ROWS:
+        rows = 16 if m <= 16 else 32
+        tiles = -(-free // 64)
+        # Few columns leave most of the chip idle; a part of C for each program fills it. Partial sums cost bytes, so
+        # never more than is needed.
+        most = max(1, contracted // 512)
+        split = min(4, most, max(1, _BLOCKS_WANTED // (2 * tiles)))
+        return Plan(
+            transposed, m, free, contracted, padded_rank, split, rows, 64, 128 if itemsize == 2 else 64, 4, 3, itemsize
+        )
+    wide = itemsize == 4
+    if transposed:
+        return Plan(
+            transposed,
+            m,
+            free,
+            contracted,
+            padded_rank,
+            1,
+            64 if wide else 128,
+            128,
+            32 if wide else 64,
+            8,
+            2,
+            itemsize,
+        )
+    return Plan(transposed, m, free, contracted, padded_rank, 1, 64 if wide else 128, 128, 64, 8, 2, itemsize)
+
+
+def least_bytes(m: int, k: int, n: int, itemsize: int, rank: int = 0) -> int:
+    """Every operand once: codes, float32 scales, x, y and the low-rank term's."""
+    return k * n // 2 + k * n // 16 + (m * (k + n) + rank * (k + n)) * itemsize + 4 * m * rank
