@@ -6,13 +6,14 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 DEFAULT := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := $(if $(filter $(VERSION),$(DEFAULT)),.venv,.venv-$(VERSION))
 PEERS := .venv-peers
+AOT := .venv-aot
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 # A CPU build from the machine's own pip set-up. Installed before anything that would ask for a larger one.
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: quickstart test suite test-peers lint base clean check-python
+.PHONY: quickstart test suite test-peers test-aot lint base clean check-python
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 64 --batch-size 16 \
@@ -23,7 +24,7 @@ test: lint suite
 # The tests alone. TESTS picks some: make suite TESTS=tests/lift
 TESTS ?= tests
 suite: base
-	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers -m "not peers" -n $(WORKERS) --dist loadfile -q
+	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot -m "not peers and not aot" -n $(WORKERS) --dist loadfile -q
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -35,9 +36,17 @@ base: $(VENV)/.tested
 
 # The wider tier: torch, transformers and PEFT beside lorax. It fails, and does not skip, if they are missing.
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -c "import torch, transformers, peft"
+	$(PEERS)/bin/python -c "import torch, transformers, peft, bitsandbytes"
 	$(PEERS)/bin/python -c "from lorax.models import resolve_base; print(resolve_base('smollm2-135m'))"
 	$(PEERS)/bin/python -m pytest tests/peers -m peers -q  # no test at all is exit code 5
+
+# The kernels: in interpreters, and compiled for TPUs and GPUs by their own compilers, on a machine that has neither.
+# One process a file: an interpreter is switched on for a whole process.
+AOT_TESTS ?= $(wildcard tests/aot/test_*.py)
+test-aot: $(AOT)/.installed
+	$(AOT)/bin/python -c "import libtpu, triton, jax_triton, jax_cuda12_plugin, torch"
+	for file in $(AOT_TESTS); do \
+		JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest $$file -m aot -n $(WORKERS) -q || exit 1; done
 
 check-python:
 	@test -n "$(VERSION)" || { echo "lorax: '$(PYTHON)' does not run; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -59,6 +68,14 @@ $(PEERS)/.installed: pyproject.toml | check-python
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) '$(TORCH)'
 	$(PEERS)/bin/python $(PIP) -e '.[test,peers]'
+	touch $@
+
+# The GPU compiler's plugin asks for gigabytes of libraries that compiling does not need.
+$(AOT)/.installed: pyproject.toml | check-python
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python $(PIP) '$(TORCH)'
+	$(AOT)/bin/python $(PIP) -e '.[test,aot]'
+	$(AOT)/bin/python $(PIP) --no-deps $$($(AOT)/bin/python -c "import jax; print(*(f'jax-cuda12-{x}=={jax.__version__}' for x in ('plugin', 'pjrt')))")
 	touch $@
 
 clean:

@@ -6,13 +6,13 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import jax.numpy as jnp
+import numpy as np
+import torch
 
-from lorax_kernels import nf4  # noqa: E402
-from lorax_kernels.nf4_matmul import triton_gpu, triton_kernels  # noqa: E402
-from lorax_kernels.nf4_matmul.triton_plan import plan  # noqa: E402
+from lorax_kernels import nf4
+from lorax_kernels.nf4_matmul import triton_gpu, triton_kernels
+from lorax_kernels.nf4_matmul.triton_plan import plan
 
 LAUNCH = ("num_warps", "num_stages")
 

@@ -36,7 +36,9 @@ def test_float32_products_with_and_without_the_low_rank_term(m, k, n, block, tra
     whole = dense.T if transposed else dense
     y, _ = product(torch.from_numpy(x), codes, scales, None, transposed, block)
     assert error(y, x.astype(np.float64) @ whole) < 1e-5
-    y, h = product(torch.from_numpy(x), codes, scales, (torch.from_numpy(a), torch.from_numpy(b), 0.7), transposed, block)
+    y, h = product(
+        torch.from_numpy(x), codes, scales, (torch.from_numpy(a), torch.from_numpy(b), 0.7), transposed, block
+    )
     first, second = (b.T, a.T) if transposed else (a, b)
     low = x.astype(np.float64) @ first.astype(np.float64)
     assert error(h, low) < 1e-5

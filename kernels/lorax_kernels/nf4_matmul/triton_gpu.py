@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from lorax_kernels.dispatch import current_target
 from lorax_kernels.nf4_matmul.triton_plan import Plan, plan
 
 CHIPS = ("sm_80", "sm_90", "sm_100")
@@ -103,7 +104,8 @@ def _run(op: str, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: Lora 
     m, n, k = x.shape[0], codes.shape[0], 2 * codes.shape[1]
     rank = 0 if lora is None else lora[0].shape[1]
     _check(op, m, k, n, x.dtype, block_size, rank)
-    tiles = plan(transposed, m, k, n, x.dtype.itemsize, rank)
+    chip = current_target()[1]
+    tiles = plan(transposed, m, k, n, x.dtype.itemsize, rank, _capability(chip) if chip else 90)
     a, b, scale = _factors(lora, tiles.rank, x.dtype)
     partial = tiles.split > 1
     outs = (
@@ -147,8 +149,6 @@ def _factors(lora: Lora | None, rank: int, dtype: Any) -> tuple[jax.Array, jax.A
 
 def _call(kernel: Any, args: tuple[Any, ...], outs: Any, grid: tuple[int, ...], settings: dict[str, Any]) -> Any:
     import jax_triton  # pyright: ignore[reportMissingImports]
-
-    from lorax_kernels.dispatch import current_target
 
     chip = current_target()[1]
     more = {"compute_capability": _capability(chip)} if chip else {}

@@ -40,28 +40,39 @@ def nf4_values(code):
 
 
 @triton.jit
+def scaled(values, scale, BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Half of a tile, every other input: (BN, BK/2) times its scales, which are (BN,) or (BN, BK/BS)."""
+    if BS >= BK:
+        out = values * scale[:, None]
+    else:
+        out = tl.reshape(tl.reshape(values, (BN, BK // BS, BS // 2)) * scale[:, :, None], (BN, BK // 2))
+    return out
+
+
+@triton.jit
 def load_block(
-    codes, scales, n0, k0, N: tl.constexpr, K: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """Rows n0.. and inputs k0.. of the weight: float32 (BN, BK), zero outside."""
+    codes, scales, n0, k0, dtype: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Rows n0.. and inputs k0.. of the weight: (BN, BK) in dtype, zero outside."""
     n = n0 + tl.arange(0, BN)
     byte = k0 // 2 + tl.arange(0, BK // 2)
     at = codes + n[:, None] * (K // 2) + byte[None, :]
     if (N % BN == 0) and (K % BK == 0):
-        packed = tl.load(at)
+        packed = tl.load(at).to(tl.int32)
     else:
-        packed = tl.load(at, mask=(n[:, None] < N) & (byte[None, :] < K // 2), other=0x77)
-    packed = packed.to(tl.int32)
-    values = tl.reshape(tl.join(nf4_values(packed >> 4), nf4_values(packed & 15)), (BN, BK))
+        packed = tl.load(at, mask=(n[:, None] < N) & (byte[None, :] < K // 2), other=0x77).to(tl.int32)
     if BS >= BK:
         # A block of scales covers the whole tile: one scale a row.
-        one = scales + n * (K // BS) + k0 // BS
-        scale = tl.load(one, mask=n < N, other=0.0)
-        return values * scale[:, None]
-    blocks = k0 // BS + tl.arange(0, BK // BS)
-    many = scales + n[:, None] * (K // BS) + blocks[None, :]
-    scale = tl.load(many, mask=(n[:, None] < N) & (blocks[None, :] < K // BS), other=0.0)
-    return tl.reshape(tl.reshape(values, (BN, BK // BS, BS)) * scale[:, :, None], (BN, BK))
+        scale = tl.load(scales + n * (K // BS) + k0 // BS, mask=n < N, other=0.0)
+    else:
+        block = k0 // BS + tl.arange(0, BK // BS)
+        where = scales + n[:, None] * (K // BS) + block[None, :]
+        scale = tl.load(where, mask=(n[:, None] < N) & (block[None, :] < K // BS), other=0.0)
+    # Each half is rounded before they are joined: a tile in float32 would take twice the registers.
+    even = scaled(nf4_values(packed >> 4), scale, BS, BN, BK).to(dtype)
+    odd = scaled(nf4_values(packed & 15), scale, BS, BN, BK).to(dtype)
+    return tl.reshape(tl.join(even, odd), (BN, BK))
 
 
 @triton.jit
@@ -93,7 +104,7 @@ def dequantise(
     """out (N, K): W^T as torch holds it."""
     n0 = tl.program_id(0) * BN
     k0 = tl.program_id(1) * BK
-    store_tile(out, n0, k0, load_block(codes, scales, n0, k0, N, K, BS, BN, BK), N, K, BN, BK)
+    store_tile(out, n0, k0, load_block(codes, scales, n0, k0, out.dtype.element_ty, N, K, BS, BN, BK), N, K, BN, BK)
 
 
 @triton.jit
@@ -118,10 +129,10 @@ def product(
     for step in range(first, tl.minimum(first + each, steps) if SPLIT > 1 else steps):
         k0 = step * BK
         left = load_tile(x, m0, k0, M, K, BM, BK)
-        weight = load_block(codes, scales, n0, k0, N, K, BS, BN, BK).to(left.dtype)
-        acc = tl.dot(left, tl.trans(weight), acc, input_precision=PRECISION)
         if R > 0:
             low = tl.dot(left, load_tile(a, k0, 0, K, R, BK, R), low, input_precision=PRECISION)
+        weight = load_block(codes, scales, n0, k0, left.dtype, N, K, BS, BN, BK)
+        acc = tl.dot(left, tl.trans(weight), acc, input_precision=PRECISION)
     if R > 0:
         if pid_n == 0:
             store_tile(h + part * (M * R), m0, 0, low, M, R, BM, R)
@@ -152,10 +163,10 @@ def product_t(
     for step in range(first, tl.minimum(first + each, steps) if SPLIT > 1 else steps):
         n0 = step * BN
         left = load_tile(dy, m0, n0, M, N, BM, BN)
-        weight = load_block(codes, scales, n0, k0, N, K, BS, BN, BK).to(left.dtype)
-        acc = tl.dot(left, weight, acc, input_precision=PRECISION)
         if R > 0:
             low = tl.dot(left, tl.trans(load_tile(b, 0, n0, R, N, R, BN)), low, input_precision=PRECISION)
+        weight = load_block(codes, scales, n0, k0, left.dtype, N, K, BS, BN, BK)
+        acc = tl.dot(left, weight, acc, input_precision=PRECISION)
     if R > 0:
         if pid_k == 0:
             store_tile(dh + part * (M * R), m0, 0, low, M, R, BM, R)

@@ -54,8 +54,12 @@ class Plan:
         return out
 
 
-def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int) -> Plan:
-    """Tiles for x @ W, or dy @ W^T, by the number of rows."""
+def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int, capability: int = 90) -> Plan:
+    """Tiles for x @ W, or dy @ W^T, by the number of rows.
+
+    capability: 80 for sm_80. Its products keep operands in registers, which with a low-rank term leaves room for half
+    as many rows of a tile.
+    """
     free, contracted = (k, n) if transposed else (n, k)
     padded_rank = 0 if not rank else max(16, 1 << (rank - 1).bit_length())
     if m <= DECODE_ROWS:
@@ -69,22 +73,9 @@ def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int) -> 
             transposed, m, free, contracted, padded_rank, split, rows, 64, 128 if itemsize == 2 else 64, 4, 3, itemsize
         )
     wide = itemsize == 4
-    if transposed:
-        return Plan(
-            transposed,
-            m,
-            free,
-            contracted,
-            padded_rank,
-            1,
-            64 if wide else 128,
-            128,
-            32 if wide else 64,
-            8,
-            2,
-            itemsize,
-        )
-    return Plan(transposed, m, free, contracted, padded_rank, 1, 64 if wide else 128, 128, 64, 8, 2, itemsize)
+    height = 64 if wide or (rank and capability < 90) else 128
+    depth = 32 if wide and transposed else 64
+    return Plan(transposed, m, free, contracted, padded_rank, 1, height, 128, depth, 8, 2, itemsize)
 
 
 def least_bytes(m: int, k: int, n: int, itemsize: int, rank: int = 0) -> int:
