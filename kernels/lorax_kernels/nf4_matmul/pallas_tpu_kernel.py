@@ -156,7 +156,7 @@ def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, A
             outputs[1][...] = h[m]
 
     # One tile of columns at a time: the sums of a whole block do not fit the registers.
-    tile = next(width for width in (256, LANES) if plan.bf % width == 0)
+    tile = next(width for width in (1024, 512, 256, LANES) if plan.bf % width == 0)
 
     @pl.loop(0, plan.bf // tile)
     def _(index: Any) -> None:

@@ -57,7 +57,7 @@ class Plan:
 def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int, capability: int = 90) -> Plan:
     """Tiles for x @ W, or dy @ W^T, by the number of rows.
 
-    capability: 80 for sm_80. Its products keep operands in registers, which with a low-rank term leaves room for half
+    capability: 80 for sm_80. Sums are held in registers before sm_100, which with a low-rank term leaves room for half
     as many rows of a tile.
     """
     free, contracted = (k, n) if transposed else (n, k)
@@ -66,14 +66,15 @@ def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int, cap
         rows = 16 if m <= 16 else 32
         tiles = -(-free // 64)
         # Few columns leave most of the chip idle; a part of C for each program fills it. Partial sums cost bytes, so
-        # never more than is needed.
+        # never more than is needed, or than a tenth of all bytes.
         most = max(1, contracted // 512)
-        split = min(4, most, max(1, _BLOCKS_WANTED // (2 * tiles)))
+        spare = least_bytes(m, k, n, itemsize, rank) // 10
+        split = max(1, min(4, most, _BLOCKS_WANTED // (2 * tiles), spare // (8 * m * free)))
         return Plan(
             transposed, m, free, contracted, padded_rank, split, rows, 64, 128 if itemsize == 2 else 64, 4, 3, itemsize
         )
     wide = itemsize == 4
-    height = 64 if wide or (rank and capability < 90) else 128
+    height = 64 if wide or (rank and capability < 100) else 128
     depth = 32 if wide and transposed else 64
     return Plan(transposed, m, free, contracted, padded_rank, 1, height, 128, depth, 8, 2, itemsize)
 
