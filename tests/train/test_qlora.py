@@ -12,6 +12,13 @@ from lorax.tree import named_leaves
 STEPS = 4
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def words(base, data, out, *more):
     train, held_out = data
     given = ("--base", base, "--data", train, "--eval-data", held_out, "--out", out, "--steps", STEPS)

@@ -40,9 +40,9 @@ def compile_all(chip: str, m: int, k: int, n: int) -> None:
     weight = shape(jnp.int32, kp // 8, np_), shape(jnp.float32, kp // 512, 8, np_)
     x, dy = shape(half, m, k), shape(half, m, n)
     jax.jit(lambda x, w: x @ w).lower(x, shape(half, k, n)).compile()
-    jax.jit(lambda x, *w: pallas_tpu.matmul(x, *w, n=n, chip=chip)).lower(x, *weight).compile()
-    jax.jit(lambda dy, *w: pallas_tpu.matmul_t(dy, *w, k=k, chip=chip)).lower(dy, *weight).compile()
-    jax.jit(lambda *w: pallas_tpu.dequantize(*w, k, n, half, chip=chip)).lower(*weight).compile()
+    jax.jit(lambda x, w, s: pallas_tpu.matmul(x, w, s, n=n, chip=chip)).lower(x, *weight).compile()
+    jax.jit(lambda dy, w, s: pallas_tpu.matmul_t(dy, w, s, k=k, chip=chip)).lower(dy, *weight).compile()
+    jax.jit(lambda w, s: pallas_tpu.dequantize(w, s, k, n, half, chip=chip)).lower(*weight).compile()
 
 
 def schedule(chip: str, m: int, k: int, n: int) -> dict[str, dict[str, int]]:
