@@ -1,6 +1,6 @@
 """Measured times on the chip that is here, and which implementation to take: one command for whoever has one.
 
-    python -m lorax_kernels.measure [OUT.json] [--cases 4096x4096,14336x4096]     # pip install lorax-flax[tpu] or [cuda]
+    python -m lorax_kernels.measure [OUT.json] [--cases 4096x4096,14336x4096]   # pip install lorax-flax[tpu]
 
 Each case is timed with every implementation that serves it, in turns, beside the bf16 product of the same shape.
 """
@@ -48,7 +48,7 @@ def programs(op: str, m: int, k: int, n: int, dtype: Any) -> dict[str, tuple[Cal
 def times(runs: dict[str, Any], rounds: int = ROUNDS, repeats: int = REPEATS) -> dict[str, float]:
     """Median seconds of a call, the programs taking turns."""
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for name, (program, args) in runs.items():
+    for program, args in runs.values():
         jax.block_until_ready(program(*args))
     for _ in range(rounds):
         for name, (program, args) in runs.items():
