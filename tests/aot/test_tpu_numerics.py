@@ -14,7 +14,7 @@ pytestmark = pytest.mark.aot
 RNG = np.random.default_rng()
 CHIPS = ("v5e", "v6e")
 # Rows, K, N: fewer than a tile, odd, several blocks of K and N, more rows than a block of them.
-SHAPES = [(5, 192, 70), (1, 64, 1), (33, 576, 200), (300, 1088, 384)]
+SHAPES = [(5, 192, 70), (1, 64, 1), (33, 576, 200), (300, 1088, 384), (20, 512, 1024)]
 
 
 def weight(k, n):
