@@ -1,5 +1,6 @@
 """The format, bit for bit: codes, scales, scales of scales, offsets and values as bitsandbytes wrote them down."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -23,14 +24,20 @@ def equal(ours, theirs, what):
     np.testing.assert_array_equal(np.asarray(ours).reshape(-1), theirs, err_msg=what)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def both(x, block, double, format):
+    """In one program, as a user's own step would have it; each alone is compared in the next test."""
+    q = nf4.quantize(x, block, double, format)
+    return q, nf4.dequantize(q)
+
+
 @pytest.mark.parametrize("shape", make.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_every_bit_is_that_of_bitsandbytes(shape):
     mine = [(number, case) for number, case in enumerate(CASES) if case[0] == shape]
     assert mine
     for number, (_, dtype, block, double, format) in mine:
         what = f"{shape} {dtype} {block} {double} {format}"
-        x = jnp.asarray(make.values(shape)).astype(dtype)
-        q = nf4.quantize(x, block, double, format)
+        q, dense = both(jnp.asarray(make.values(shape)).astype(dtype), block, double, format)
         equal(q.codes, RECORDED[f"{number}/codes"], what)
         equal(q.scales, RECORDED[f"{number}/absmax"], what)
         if double:
@@ -38,13 +45,21 @@ def test_every_bit_is_that_of_bitsandbytes(shape):
             equal(q.offset, RECORDED[f"{number}/offset"], what)
         else:
             assert q.scales2 is None
-        dense = nf4.dequantize(q)
         assert dense.dtype == dtype
         assert dense.shape == shape
         dense = np.asarray(dense)
         dense = np.where(np.abs(dense.astype(np.float64)) < np.finfo(np.float32).tiny, np.zeros_like(dense), dense)
         bits = dense.view(np.int32 if dtype == "float32" else np.int16).reshape(-1)
         equal(bits if bits.size < 1000 else bits.astype(np.int64).sum(), RECORDED[f"{number}/bits"], what)
+
+
+@pytest.mark.parametrize("shape", [(65,), (130, 256)], ids=str)
+def test_alone_each_half_gives_the_same_bits(shape):
+    x = jnp.asarray(make.values(shape))
+    q = nf4.quantize(x)
+    together, dense = both(x, 64, True, "nf4")
+    for a, b in zip(jax.tree.leaves((q, nf4.dequantize(q))), jax.tree.leaves((together, dense)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_golden_inputs_are_awkward():

@@ -33,24 +33,35 @@ BOTH = pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "eve
 
 def random_model(config, dtype=jnp.float32, **options):
     """A model with every parameter drawn, biases and norms too, wide enough that attention is not uniform."""
-    model = Model.init(config, jax.random.key(1), dtype, **options)
-    leaves, treedef = jax.tree.flatten(model.params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    drawn = [x + 0.25 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return dataclasses.replace(model, params=jax.tree.unflatten(treedef, drawn))
+    model, rng = Model.abstract(config, dtype, **options), np.random.default_rng(1)
+
+    def draw(path, x):
+        near = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(near + 0.3 * rng.normal(size=x.shape), dtype)
+
+    return dataclasses.replace(model, params=jax.tree.map_with_path(draw, model.params))
 
 
 def random_ids(config, rows, tokens, seed=0):
-    return jax.random.randint(jax.random.key(seed), (rows, tokens), 0, config.vocab_size)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (rows, tokens)), jnp.int32)
+
+
+def apply(model, *args, **kwargs):
+    """One program and not one for each operation: compiling is what these tests spend their time on."""
+    return jax.jit(model.apply)(model.params, *args, **kwargs)
+
+
+def decode(model, *args):
+    return jax.jit(model.decode)(model.params, *args)
 
 
 @BOTH
 def test_reading_in_chunks_with_a_cache_equals_reading_at_once(config):
     model, ids = random_model(config), random_ids(config, 2, 13)
-    whole = model.apply(model.params, ids)
+    whole = apply(model, ids)
     cache, parts = model.init_cache(2, 16), []
     for start, stop in ((0, 6), (6, 7), (7, 8), (8, 13)):
-        logits, cache = model.decode(model.params, ids[:, start:stop], cache)
+        logits, cache = decode(model, ids[:, start:stop], cache)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 
@@ -65,12 +76,12 @@ def test_padding_is_invisible_to_a_cache(config, side):
     for row, prompt in enumerate(prompts):
         at = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
         ids[row, at], real[row, at] = prompt, True
-    first, cache = model.decode(model.params, jnp.array(ids), model.init_cache(2, 12), jnp.array(real))
+    first, cache = decode(model, jnp.array(ids), model.init_cache(2, 12), jnp.array(real))
     follow = jnp.array([[4, 8, 15], [16, 23, 42]])
-    second, cache = model.decode(model.params, follow, cache)
+    second, cache = decode(model, follow, cache)
     assert cache.next.tolist() == [10, 6]
     for row, prompt in enumerate(prompts):
-        alone = model.apply(model.params, jnp.concatenate([prompt, follow[row]])[None])[0]
+        alone = apply(model, jnp.concatenate([prompt, follow[row]])[None])[0]
         np.testing.assert_allclose(first[row][real[row]], alone[: len(prompt)], atol=1e-5)
         np.testing.assert_allclose(second[row], alone[len(prompt) :], atol=1e-5)
 
@@ -84,30 +95,30 @@ def test_packed_documents_do_not_see_each_other(config, given):
     packed = jnp.concatenate([a, b, filler], axis=1)
     segments = jnp.array([[1] * 6 + [2] * 5 + [0] * 2])
     positions = jnp.array([[*range(6), *range(5), 0, 1]]) if given else None
-    out = model.apply(model.params, packed, positions, segments)
-    np.testing.assert_allclose(out[:, :6], model.apply(model.params, a), atol=1e-5)
-    np.testing.assert_allclose(out[:, 6:11], model.apply(model.params, b), atol=1e-5)
+    out = apply(model, packed, positions, segments)
+    np.testing.assert_allclose(out[:, :6], apply(model, a), atol=1e-5)
+    np.testing.assert_allclose(out[:, 6:11], apply(model, b), atol=1e-5)
     assert np.isfinite(out).all()
 
 
 @BOTH
 def test_padding_does_not_leak_from_either_side(config):
     model, ids = random_model(config), random_ids(config, 1, 5)
-    alone = model.apply(model.params, ids)
+    alone = apply(model, ids)
     left = jnp.concatenate([jnp.full((1, 4), 7), ids], axis=1)
     right = jnp.concatenate([ids, jnp.full((1, 4), 7)], axis=1)
-    on_left = model.apply(model.params, left, segment_ids=jnp.array([[0] * 4 + [1] * 5]))
-    on_right = model.apply(model.params, right, segment_ids=jnp.array([[1] * 5 + [0] * 4]))
+    on_left = apply(model, left, segment_ids=jnp.array([[0] * 4 + [1] * 5]))
+    on_right = apply(model, right, segment_ids=jnp.array([[1] * 5 + [0] * 4]))
     np.testing.assert_allclose(on_left[:, 4:], alone, atol=1e-5)
     np.testing.assert_allclose(on_right[:, :5], alone, atol=1e-5)
 
 
 def test_only_distance_matters_and_the_future_does_not():
     model, ids = random_model(EVERYTHING), random_ids(EVERYTHING, 2, 9)
-    base = model.apply(model.params, ids)
-    shifted = model.apply(model.params, ids, jnp.arange(9)[None] + 5)
+    base = apply(model, ids)
+    shifted = apply(model, ids, jnp.arange(9)[None] + 5)
     np.testing.assert_allclose(shifted, base, atol=1e-4)
-    changed = model.apply(model.params, ids.at[:, 6].set((ids[:, 6] + 1) % 61))
+    changed = apply(model, ids.at[:, 6].set((ids[:, 6] + 1) % 61))
     np.testing.assert_allclose(changed[:, :6], base[:, :6], atol=1e-6)
     assert np.abs(changed[:, 6:] - base[:, 6:]).max() > 1e-3
 
@@ -116,7 +127,7 @@ def test_a_window_hides_what_lies_further_back():
     # One layer, since each layer passes on what it saw: a window w and L layers reach back L (w - 1) tokens.
     config = dataclasses.replace(EVERYTHING, num_layers=1, sliding_window=3)
     model, ids = random_model(config), random_ids(config, 1, 8)
-    base, changed = (model.apply(model.params, x) for x in (ids, ids.at[0, 2].add(1)))
+    base, changed = (apply(model, x) for x in (ids, ids.at[0, 2].add(1)))
     np.testing.assert_allclose(changed[0, 5:], base[0, 5:], atol=1e-6)
     assert np.abs(changed[0, 4] - base[0, 4]).max() > 1e-3
 
@@ -126,7 +137,7 @@ def test_remat_changes_no_gradient(config):
     model, ids = random_model(config), random_ids(config, 2, 7)
     thrifty = dataclasses.replace(model, remat=True)
     grads = [
-        jax.grad(lambda p, m=m: jnp.sum(jax.nn.log_softmax(m.apply(p, ids))[..., 0]))(model.params)
+        jax.jit(jax.grad(lambda p, m=m: jnp.sum(jax.nn.log_softmax(m.apply(p, ids))[..., 0])))(model.params)
         for m in (model, thrifty)
     ]
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads[0]["layers"]))
@@ -138,13 +149,13 @@ def test_apply_is_the_head_of_hidden():
     hidden = model.hidden(model.params, ids)
     assert hidden.shape == (2, 5, 18)
     rows = model.head(model.params, hidden.reshape(10, 18))
-    np.testing.assert_allclose(rows.reshape(2, 5, 59), model.apply(model.params, ids), atol=1e-6)
+    np.testing.assert_allclose(rows.reshape(2, 5, 59), apply(model, ids), atol=1e-6)
 
 
 def test_bfloat16_parameters_compute_in_bfloat16_close_to_float32():
     model, ids = random_model(EVERYTHING, jnp.bfloat16), random_ids(EVERYTHING, 1, 9)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
-    low, high = model.apply(model.params, ids), model.apply(wide, ids)
+    low, high = apply(model, ids), model.apply(wide, ids)
     assert low.dtype == jnp.bfloat16
     # Eight bits of mantissa through two layers.
     assert np.linalg.norm(low.astype(jnp.float32) - high) < 0.05 * np.linalg.norm(high)
@@ -182,10 +193,10 @@ def test_lifted_on_an_adapted_tree_equals_the_merged_one(config):
     trainable, frozen = lorax.split(params)
     params = lorax.join(jax.tree.map(lambda x: x + 0.05, trainable), frozen)
     merged = lorax.merge(params)
-    lifted = lorax.lift(model.apply)(params, ids)
-    np.testing.assert_allclose(lifted, model.apply(merged, ids), atol=2e-4)
-    assert np.abs(lifted - model.apply(model.params, ids)).max() > 1e-2
-    cached, _ = lorax.lift(model.decode)(params, ids, model.init_cache(2, 7))
+    lifted = jax.jit(lorax.lift(model.apply))(params, ids)
+    np.testing.assert_allclose(lifted, jax.jit(model.apply)(merged, ids), atol=2e-4)
+    assert np.abs(lifted - apply(model, ids)).max() > 1e-2
+    cached, _ = jax.jit(lorax.lift(model.decode))(params, ids, model.init_cache(2, 7))
     np.testing.assert_allclose(cached, lifted, atol=1e-4)
 
 

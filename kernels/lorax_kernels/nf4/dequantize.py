@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
@@ -14,6 +13,7 @@ from lorax_kernels.nf4.array import GROUP, QuantizedArray
 from lorax_kernels.nf4.dynamic8 import lookup8
 from lorax_kernels.nf4.formats import FORMATS
 from lorax_kernels.nf4.layouts import canonical
+from lorax_kernels.nf4.rounding import rounded
 
 
 def dequantize(q: QuantizedArray, dtype: Any = None) -> Float[Array, "*shape"]:
@@ -78,5 +78,4 @@ def resolve_scales(q: QuantizedArray) -> Float32[Array, "*stack_and_blocks"]:
     values = lookup8(codes) if q.map8 is None else jnp.take_along_axis(q.map8, codes.astype(jnp.int32), axis=-1)
     second = jnp.repeat(q.scales2, GROUP, axis=-1)[..., : codes.shape[-1]]
     # The product is rounded before the sum, as in the original; a fused multiply-add would round once.
-    product = jax.lax.optimization_barrier(values * second)
-    return (product + q.offset[..., None]).reshape(q.scales.shape)  # pyright: ignore
+    return (rounded(values * second) + q.offset[..., None]).reshape(q.scales.shape)  # pyright: ignore

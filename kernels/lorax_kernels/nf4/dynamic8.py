@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
 from lorax_kernels.nf4.codebooks import dynamic_map
+from lorax_kernels.nf4.rounding import rounded
 
 _STEPS = 65535
 
@@ -34,10 +34,10 @@ def quantize_blocks(
     """Codes and absolute maxima of rows that are whole blocks (pad with zeros: they change no maximum)."""
     absmax = jnp.max(jnp.abs(x), axis=-1)
     # The product is an operation of its own: joined with the sum into a fused multiply-add it would round once.
-    scaled = jax.lax.optimization_barrier(x * (1.0 / absmax)[..., None])
+    scaled = rounded(x * (1.0 / absmax)[..., None])
     # NaN, from a block of zeros, takes the first code, as it does in the original.
     scaled = jnp.where(jnp.isnan(scaled), jnp.float32(-1), jnp.clip(scaled, -1.0, 1.0))
-    index = (jax.lax.optimization_barrier((scaled + 1.0) * 32767.5) + 0.5).astype(jnp.int32)
+    index = (rounded((scaled + 1.0) * 32767.5) + 0.5).astype(jnp.int32)
     codes = jnp.asarray(nearest_table(signed)).at[index].get(mode="promise_in_bounds")
     return codes, absmax
 

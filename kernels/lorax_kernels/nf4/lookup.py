@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +12,7 @@ from lorax_kernels.nf4.dequantize import four_bit_rows
 from lorax_kernels.nf4.dynamic8 import lookup8
 from lorax_kernels.nf4.formats import FORMATS
 from lorax_kernels.nf4.layouts import canonical
+from lorax_kernels.nf4.rounding import rounded
 
 
 def take(q: QuantizedArray, indices: Int[Array, "*batch"], axis: int = 0) -> Float[Array, "*out"]:
@@ -94,4 +94,4 @@ def _resolve(q: QuantizedArray, codes: Array, block: Array) -> Array:
     assert q.scales2 is not None
     assert q.offset is not None
     values = lookup8(codes) if q.map8 is None else q.map8[codes.astype(jnp.int32)]
-    return jax.lax.optimization_barrier(values * q.scales2[block // GROUP]) + q.offset
+    return rounded(values * q.scales2[block // GROUP]) + q.offset

@@ -59,9 +59,14 @@ def quantize(
     """
     x = jnp.asarray(x)
     check(format, block_size, str(x.dtype), x.shape, stack)
-    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
+    if not isinstance(x, Tracer) and not bool(_all_finite(x)):
         raise ValueError(f"an array of shape {x.shape} holds NaN or infinity, which has no code; mend the weight first")
     return quantize_unchecked(x, block_size, double_quant, format, stack)
+
+
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -154,9 +159,7 @@ def quantize_scales(
     """Double quantisation of one slice's scales: 8-bit codes, second-level scales, and the mean taken off first."""
     n = absmax.shape[0]
     offset = mean(absmax)
-    # A barrier for the same reason as in dynamic8: each operation rounds on its own.
-    centred = jax.lax.optimization_barrier(absmax - offset)
-    codes, scales2 = quantize_blocks(jnp.pad(centred, (0, -n % GROUP)).reshape(-1, GROUP))
+    codes, scales2 = quantize_blocks(jnp.pad(absmax - offset, (0, -n % GROUP)).reshape(-1, GROUP))
     return codes.reshape(-1)[:n], scales2, offset
 
 
