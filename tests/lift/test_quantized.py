@@ -54,7 +54,9 @@ WIDE = [
     ),
     Case("wide experts", (3, 32, 5), STACKED, lambda w, x: jnp.einsum("ebd,edf->ebf", x, w), (x(3, 4, 32),)),
     Case("wide scan", (3, 32, 64), STACKED, run(lambda w: 0.1 * w), (0.3 * x(4, 32),), (1,), 0.1),
-    Case("wide scan reversed", (3, 32, 64), STACKED, run(lambda w: 0.1 * w, reverse=True), (0.3 * x(4, 32),), (1,), 0.1),
+    Case(
+        "wide scan reversed", (3, 32, 64), STACKED, run(lambda w: 0.1 * w, reverse=True), (0.3 * x(4, 32),), (1,), 0.1
+    ),
     Case("wide cast", (64, 32), IN_OUT, lambda w, x: x @ (0.5 * w.astype(x.dtype)), (x(5, 64),)),
     Case("wide reshape", (64, 6), IN_OUT, lambda w, x: jnp.einsum("td,dhk->thk", x, w.reshape(64, 2, 3)), (x(4, 64),)),
     Case("wide shard_map, summed axis", (128, 5), IN_OUT, sharded, (x(3, 128),)),
