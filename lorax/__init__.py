@@ -2,18 +2,57 @@
 
 The whole public API is re-exported here; there is no second route. `lorax.models` (base models, needs Flax) and
 `lorax.train` are imported on their own.
+
+Names are resolved on first use, so that the command line answers `--help` without importing JAX.
 """
 
-from lorax.adapt import adapt
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from lorax.errors import LoraxError
-from lorax.io.peft import load_adapter, save_adapter
-from lorax.lift import lift
-from lorax.masks import mask, optimizer
-from lorax.quant import Quantized, QuantSpec, dequantize, loftq, quantize, requantize
-from lorax.report import report
-from lorax.spec import LoraSpec
-from lorax.tree import attach, extract, join, merge, split, unmerge
-from lorax.weights import Axes, Concat, Full, LowRank
+
+if TYPE_CHECKING:
+    from lorax.adapt import adapt
+    from lorax.io.peft import load_adapter, save_adapter
+    from lorax.lift import lift
+    from lorax.masks import mask, optimizer
+    from lorax.quant import Quantized, QuantSpec, dequantize, loftq, quantize, requantize
+    from lorax.report import report
+    from lorax.spec import LoraSpec
+    from lorax.tree import attach, extract, join, merge, split, unmerge
+    from lorax.weights import Axes, Concat, Full, LowRank
+
+# name -> the module that defines it
+_HOME = {
+    "Axes": "weights",
+    "Concat": "weights",
+    "Full": "weights",
+    "LoraSpec": "spec",
+    "LowRank": "weights",
+    "QuantSpec": "quant",
+    "Quantized": "quant",
+    "adapt": "adapt",
+    "attach": "tree",
+    "dequantize": "quant",
+    "extract": "tree",
+    "join": "tree",
+    "lift": "lift",
+    "load_adapter": "io.peft",
+    "loftq": "quant",
+    "mask": "masks",
+    "merge": "tree",
+    "optimizer": "masks",
+    "quantize": "quant",
+    "report": "report",
+    "requantize": "quant",
+    "save_adapter": "io.peft",
+    "split": "tree",
+    "unmerge": "tree",
+}
 
 __version__ = "0.1.0"
 
@@ -44,3 +83,27 @@ __all__ = [
     "split",
     "unmerge",
 ]
+
+
+class _Door(ModuleType):
+    """This package: public names are imported when they are first asked for, and stay what they are.
+
+    Importing the module `lorax.adapt` makes Python bind it to the package as `adapt`; that name is the function's.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'lorax' has no attribute {name!r}")
+        value = getattr(import_module(f"lorax.{_HOME[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Door

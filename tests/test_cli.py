@@ -38,16 +38,29 @@ def test_each_command_has_help_and_json(name, capsys):
     assert "--json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["inspect", "--help"], ["nonsense"]])
-def test_answers_that_need_no_model_load_no_model_code(words):
+@pytest.mark.parametrize("words", [["--help"], ["nonsense"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_answers_that_need_no_model_load_neither_jax_nor_model_code(words):
     code = (
         "import sys; from lorax.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "heavy = {'flax', 'orbax', 'matplotlib', 'tokenizers', 'grain', 'lorax.models'} & set(sys.modules)\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'matplotlib', 'tokenizers', 'grain', 'lorax.models'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_no_modules():
+    """`lorax.adapt` is a function, and stays one after the module of that name has been imported."""
+    code = (
+        "import lorax, lorax.adapt, lorax.lift.compat, lorax.report, types\n"
+        "assert not any(isinstance(getattr(lorax, name), types.ModuleType) for name in lorax.__all__)\n"
+        "assert set(lorax.__all__) <= set(dir(lorax)), lorax.__all__\n"
+        "assert set(lorax._HOME) | {'LoraxError'} == set(lorax.__all__)\n"
+        "assert not hasattr(lorax, 'nonsense')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
