@@ -22,7 +22,8 @@ SUFFIXES = {"", ".py", ".md", ".toml", ".json"}
 TEXTS = sorted(
     path
     for path in [*ROOT.glob("*"), *(ROOT / "lorax").rglob("*"), *(ROOT / "tests").rglob("*"), *(ROOT / ".ci").glob("*")]
-    if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts
+    # In a second working tree `.git` is a file, and holds a path.
+    if path.is_file() and path.suffix in SUFFIXES and not {"__pycache__", ".git"} & set(path.parts)
 )
 
 # A home or a scratch folder of one machine. Written so that this line is none.

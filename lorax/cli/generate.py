@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorax.cli.output import print_json
 from lorax.cli.source import find, open_model
@@ -26,6 +27,8 @@ class Args:
     """A run's folder or an adapter's."""
     chat: bool = False
     """Put the prompt into the model's chat template as a user's message."""
+    system: str | None = None
+    """A system message before it; implies --chat."""
     max_tokens: int = 64
     """Longest continuation in tokens."""
     temperature: float = 0.0
@@ -48,10 +51,8 @@ class Args:
         tokens = model.tokenizer
         if tokens is None:
             raise LoraxError(f"{source.base}: has no tokenizer.json, and text cannot be read without one")
-        if self.chat:
-            ids = tokens.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
-        else:
-            ids = tokens.encode(self.prompt)
+        chat = self.chat or self.system is not None
+        ids = tokens.encode(self._conversation(tokens, source.base) if chat else self.prompt)
         if not ids:
             raise LoraxError("--prompt: is empty; give at least one token of text")
         (new,) = generate(
@@ -67,7 +68,18 @@ class Args:
         if self.json:
             print_json({"prompt": self.prompt, "completion": text, "ids": [int(i) for i in new], "base": source.base})
         else:
-            print(text if self.chat else self.prompt + text)
+            print(text if chat else self.prompt + text)
+
+    def _conversation(self, tokens: Any, base: str) -> str:
+        """The messages in the model's own chat template, with the assistant's turn opened."""
+        if tokens.chat_template is None:
+            option = "--chat" if self.system is None else "--system"
+            raise LoraxError(f"{option}: {base} has no chat template; leave it out, or take an instruct model")
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        text = tokens.chat([*system, {"role": "user", "content": self.prompt}], add_generation_prompt=True)
+        if self.system is not None and self.system.strip() not in text:
+            raise LoraxError(f"--system: the chat template of {base} leaves system messages out; say it in --prompt")
+        return text
 
     def _check(self) -> None:
         if self.max_tokens < 1:
