@@ -44,7 +44,8 @@ def test_answers_that_need_no_model_load_neither_jax_nor_model_code(words):
         "import sys; from lorax.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "heavy = {'jax', 'flax', 'optax', 'orbax', 'matplotlib', 'tokenizers', 'grain', 'lorax.models'} & set(sys.modules)\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'matplotlib', 'tokenizers', 'grain', 'lorax.models'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
