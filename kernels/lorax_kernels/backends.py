@@ -8,6 +8,10 @@ import importlib
 from lorax_kernels.dispatch import Backend, Shapes, register
 
 DEQUANTISE, MATMUL, MATMUL_T = "nf4_dequantise", "nf4_matmul", "nf4_matmul_t"
+MULTI, MULTI_GRAD = "multi_lora", "multi_lora_grad"
+
+# Bounds of the plain JAX rows of `multi_lora`, by measurement on a CPU (`multi_lora/cases.py` has the shapes).
+ONEHOT_TOTAL, SORTED_ROWS, SORTED_GROUPS = 64, 8, 64
 
 
 def _never(op: str, shapes: Shapes, chip: str) -> str | None:
@@ -30,6 +34,21 @@ def _triton(op: str, s: Shapes, chip: str) -> str | None:
     return triton_gpu.refuse(op, s.m, s.k, s.n, s.dtype, s.block_size, s.rank, chip)
 
 
+def _multi_onehot(op: str, s: Shapes, chip: str) -> str | None:
+    # Measured on a CPU: every row meets every rank, so the ranks must be few.
+    if s.total > ONEHOT_TOTAL:
+        return f"computes all {s.total} ranks for every row; faster up to {ONEHOT_TOTAL}"
+    return None
+
+
+def _multi_sorted(op: str, s: Shapes, chip: str) -> str | None:
+    if s.m // s.groups >= SORTED_ROWS:
+        return f"sorts rows, and groups of {s.m // s.groups} rows are tiles as they are"
+    if s.groups < SORTED_GROUPS:
+        return f"sorts rows into tiles, and {s.groups} groups are too few to fill them"
+    return None
+
+
 @functools.cache
 def _triton_broken() -> str | None:
     """Why jax-triton cannot be used here; None if it can."""
@@ -43,5 +62,7 @@ def _triton_broken() -> str | None:
 
 register(Backend("pallas", ("tpu",), (DEQUANTISE, MATMUL, MATMUL_T), _pallas, _loads))
 register(Backend("triton", ("cuda",), (DEQUANTISE, MATMUL, MATMUL_T), _triton, _triton_broken))
-# Last: it serves everything. On a CPU it is the implementation, elsewhere what is left.
-register(Backend("xla", (), (DEQUANTISE, MATMUL, MATMUL_T), _never, _loads))
+# The last serves everything. On a CPU it is the implementation, elsewhere what is left.
+register(Backend("xla_onehot", (), (MULTI, MULTI_GRAD), _never, _loads, _multi_onehot))
+register(Backend("xla_sorted", (), (MULTI, MULTI_GRAD), _never, _loads, _multi_sorted))
+register(Backend("xla", (), (DEQUANTISE, MATMUL, MATMUL_T, MULTI, MULTI_GRAD), _never, _loads))

@@ -28,7 +28,11 @@ Refusal = Callable[[str, "Shapes", str], "str | None"]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What decides a choice: x [m, k] @ W [k, n] in a dtype; the rank of the low-rank term, 0 without one."""
+    """What decides a choice: x [m, k] @ W [k, n] in a dtype; the rank of the low-rank term, 0 without one.
+
+    groups, total: of many adapters in one product, how many groups the m rows form, and the sum of all ranks stored;
+    `rank` is then the bound on each.
+    """
 
     m: int
     k: int
@@ -36,6 +40,8 @@ class Shapes:
     dtype: str = "float32"
     block_size: int = 64
     rank: int = 0
+    groups: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Backend:
     ops: the operations it implements.
     refuse: why it does not serve a case, or None.
     broken: why it cannot be loaded here, or None; asked once, and a reason is shown as a warning.
+    slower: why a later row is the better choice for a case that this one could serve, or None; not asked when forced.
     """
 
     name: str
@@ -54,6 +61,7 @@ class Backend:
     ops: tuple[str, ...]
     refuse: Refusal
     broken: Callable[[], str | None]
+    slower: Refusal = lambda op, shapes, chip: None
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def explain(op: str, shapes: Shapes, platform: str | None = None, chip: str = ""
     """Which backend serves a case, and why the others do not.
 
     Args:
-        op: `"nf4_dequantise"`, `"nf4_matmul"` or `"nf4_matmul_t"`.
+        op: `"nf4_dequantise"`, `"nf4_matmul"`, `"nf4_matmul_t"`, `"multi_lora"` or `"multi_lora_grad"`.
         shapes: the case.
         platform, chip: as in `target`; by default what the program is traced for.
 
@@ -159,7 +167,7 @@ def explain(op: str, shapes: Shapes, platform: str | None = None, chip: str = ""
         why = (
             f"{forced} is forced"
             if forced not in (None, backend.name)
-            else _why_not(backend, op, shapes, platform, chip)
+            else _why_not(backend, op, shapes, platform, chip, forced is not None)
         )
         if why is not None:
             refused[backend.name] = why
@@ -173,14 +181,14 @@ def explain(op: str, shapes: Shapes, platform: str | None = None, chip: str = ""
     return Choice(op, shapes, platform, chip, chosen, "forced" if forced else "first that serves the case", refused)
 
 
-def _why_not(backend: Backend, op: str, shapes: Shapes, platform: str, chip: str) -> str | None:
+def _why_not(backend: Backend, op: str, shapes: Shapes, platform: str, chip: str, forced: bool) -> str | None:
     if backend.platforms and platform not in backend.platforms:
         return f"is for {', '.join(backend.platforms)}"
     reason = backend.broken()
     if reason is not None:
         _tell(backend.name, reason)
         return reason
-    return backend.refuse(op, shapes, chip)
+    return backend.refuse(op, shapes, chip) or (None if forced else backend.slower(op, shapes, chip))
 
 
 def _tell(name: str, reason: str) -> None:

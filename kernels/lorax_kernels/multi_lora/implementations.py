@@ -1,0 +1,35 @@
+"""Which code a row of the table stands for: `apply(y, x, a, b, ...)` and `grad(x, dy, b, ...)`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from lorax_kernels.multi_lora import onehot, xla
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The two operations of `primitive`, on arrays."""
+
+    apply: Any
+    grad: Any
+
+
+def _loop(in_order: bool) -> Implementation:
+    return Implementation(
+        functools.partial(xla.apply, in_order=in_order), functools.partial(xla.grad, in_order=in_order)
+    )
+
+
+_NAMED = {
+    "xla": _loop(True),
+    "xla_sorted": _loop(False),
+    "xla_onehot": Implementation(onehot.apply, onehot.grad),
+}
+
+
+def named(name: str) -> Implementation:
+    """The implementation of a row of the table."""
+    return _NAMED[name]
