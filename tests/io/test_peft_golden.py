@@ -1,0 +1,111 @@
+"""Adapters as PEFT writes them (`tests/golden/peft`): its logits come out, and its bytes are written back."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax
+from lorax.io import safetensors
+from lorax.io.peft_config import read
+from lorax.models import load
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ADAPTERS = sorted(path.name for path in (GOLDEN / "peft").iterdir())
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_spec = importlib.util.spec_from_file_location("make_models", GOLDEN / "make_models.py")
+assert _spec is not None
+assert _spec.loader is not None
+make_models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make_models)
+
+
+@functools.cache
+def base(family):
+    """The golden model that an adapter is for."""
+    shapes = json.loads((GOLDEN / "models" / family / "shapes.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        safetensors.write_arrays(Path(folder) / "model.safetensors", make_models.weights(shapes))
+        (Path(folder) / "config.json").write_bytes((GOLDEN / "models" / family / "config.json").read_bytes())
+        return load(folder)
+
+
+@functools.cache
+def compiled(family):
+    return jax.jit(base(family).apply)
+
+
+def settings(folder):
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def opened(name):
+    folder = GOLDEN / "peft" / name
+    model = base(settings(folder)["base_model_name_or_path"])
+    return folder, model, lorax.load_adapter(folder, model.params)
+
+
+def tensors(folder):
+    return {name: stored.array() for name, stored in safetensors.read(folder / WEIGHTS).items()}
+
+
+def test_every_kind_is_there():
+    assert {"lora", "rslora", "patterns", "layer-ranks", "modules_to_save", "biases", "bf16"} == set(ADAPTERS)
+    assert settings(GOLDEN / "peft" / "rslora")["use_rslora"] is True
+    assert {x.dtype.name for x in tensors(GOLDEN / "peft" / "bf16").values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_equal_pefts(name):
+    folder, model, params = opened(name)
+    with np.load(folder / "golden.npz") as file:
+        ids, want = jnp.asarray(file["ids"]), file["logits"]
+    # Merged, because one program then serves all adapters of a base; lifted once.
+    apply = compiled(settings(folder)["base_model_name_or_path"])
+    np.testing.assert_allclose(apply(lorax.merge(params), ids), want, atol=1e-4, rtol=0)
+    assert np.abs(apply(model.params, ids) - want).max() > 1, "the adapter matters"
+    if name == "patterns":
+        np.testing.assert_allclose(jax.jit(lorax.lift(model.apply))(params, ids), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "layer-ranks"])
+def test_written_back_it_is_the_same_file(name, tmp_path):
+    folder, _, params = opened(name)
+    lorax.save_adapter(tmp_path / "back", params)
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    same_scales(folder, tmp_path / "back")
+
+
+def test_ranks_that_differ_by_layer_are_written_back_filled_up_with_zeros(tmp_path):
+    folder, _, params = opened("layer-ranks")
+    lorax.save_adapter(tmp_path / "back", params)
+    theirs, ours = tensors(folder), tensors(tmp_path / "back")
+    assert theirs.keys() == ours.keys()
+    for name, x in theirs.items():
+        kept = tuple(slice(size) for size in x.shape)
+        np.testing.assert_array_equal(ours[name][kept], x)
+        assert np.count_nonzero(ours[name]) == np.count_nonzero(x)
+    same_scales(folder, tmp_path / "back")
+
+
+def same_scales(theirs, ours):
+    """Both configurations give every module the same scale."""
+    modules = {}
+    for folder in (theirs, ours):
+        config = read(folder / CONFIG)
+        for name, x in tensors(folder).items():
+            if name.endswith(".lora_A.weight"):
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                modules.setdefault(module, []).append(config.scale(module, x.shape[0]))
+    assert modules
+    for module, (one, other) in modules.items():
+        assert one == pytest.approx(other, rel=1e-6), module
