@@ -216,7 +216,7 @@ def check_rank(path: str, rank: int, shape: tuple[int, ...], axes: Axes) -> None
 
 
 def low_rank_delta(weight: LowRank) -> Float[Array, "*shape"]:
-    """scale * A B as a dense array of the weight's shape, in the factors' dtype.
+    """scale * A B as a dense array of the weight's shape, in float32 or the factors' dtype if that is wider.
 
     This builds what `lift` never builds; it is for `merge` and for tests.
     """
@@ -225,8 +225,9 @@ def low_rank_delta(weight: LowRank) -> Float[Array, "*shape"]:
     outs = weight.B.shape[s + 1 :]
     a = weight.A.reshape(*stack, math.prod(ins), weight.rank)
     b = weight.B.reshape(*stack, weight.rank, math.prod(outs))
-    # The highest precision: a merged weight is written once and read for ever.
-    ab = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    # The highest precision, and no sum in 16 bits: a merged weight is written once and read for ever.
+    wide = wider(weight.A.dtype, jnp.float32)
+    ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
     scale = weight.scale.astype(ab.dtype)
     ab = ab * scale.reshape(*scale.shape, *([1] * (ab.ndim - scale.ndim)))
     ab = ab.reshape(*stack, *ins, *outs)

@@ -55,6 +55,17 @@ def test_join_refuses_what_are_no_halves():
         lorax.join(trainable["layers"], frozen)
 
 
+def test_merging_factors_of_16_bits_rounds_nothing_in_between():
+    tree = lorax.adapt(KEY, base(), LoraSpec(targets="*/q/*", rank=3, dtype=jnp.bfloat16))
+    trainable, frozen = lorax.split(tree)
+    tree = lorax.join(jax.tree.map(lambda x: x + jnp.asarray(0.3, x.dtype), trainable), frozen)
+    merged, errors = lorax.merge(tree, audit=True)
+    assert merged["layers"]["q"]["kernel"].dtype == jnp.float32
+    assert max(errors.values()) < 1e-6
+    back = lorax.unmerge(merged, tree)["layers"]["q"]["kernel"]
+    np.testing.assert_allclose(back, base()["layers"]["q"]["kernel"], atol=1e-6)
+
+
 def test_merge_is_the_base_plus_the_change_and_audit_tells_the_rounding():
     tree = adapted()
     leaf = tree["layers"]["q"]["kernel"]
