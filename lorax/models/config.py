@@ -44,7 +44,9 @@ class ModelConfig:
     family: "llama" (also SmolLM2), "mistral", "qwen2" (also Qwen2.5) or "qwen3".
     norm_eps: added to the mean square inside RMSNorm.
     rope_theta: base of the rotary frequencies, theta^(-2i / head_dim).
+    attention_bias, output_bias: whether queries, keys and values, and attention's output, have biases.
     sliding_window: a token sees itself and this many minus one before it; None for all.
+    full_layers: this many of the first layers see everything in spite of the window.
     max_length: the longest context that the model was trained for, in tokens.
     eos_ids: tokens that end a generation, besides the tokenizer's own.
     """
@@ -62,8 +64,10 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    full_layers: int = 0
     max_length: int = 2048
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -83,6 +87,10 @@ class ModelConfig:
             raise LoraxError(f"model config: head_dim {self.head_dim} is odd; rotary embedding pairs features")
         if self.sliding_window is not None:
             _positive("sliding_window", self.sliding_window)
+        if not 0 <= self.full_layers < self.num_layers or (self.full_layers and self.sliding_window is None):
+            raise LoraxError(
+                f"model config: full_layers {self.full_layers} must leave some of {self.num_layers} layers a window"
+            )
 
     @classmethod
     def from_hf(cls, config_json: dict[str, Any]) -> ModelConfig:
@@ -134,6 +142,8 @@ def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
     heads = size("num_attention_heads")
     hidden = size("hidden_size")
     theta, scaling = _rope(c)
+    window, full = _sliding_window(c, family)
+    bias = bool(c.get("attention_bias")) and family != "qwen2"
     return cls(
         family=family,
         vocab_size=size("vocab_size"),
@@ -147,9 +157,11 @@ def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=bool(c.get("tie_word_embeddings", False)),
-        attention_bias=family == "qwen2",
+        attention_bias=family == "qwen2" or bias,
+        output_bias=bias,
         qk_norm=family == "qwen3",
-        sliding_window=_sliding_window(c, family),
+        sliding_window=window,
+        full_layers=full,
         max_length=size("max_position_embeddings", _LENGTHS[family]),
         bos_id=_token("bos_token_id", c.get("bos_token_id")),
         eos_ids=_tokens("eos_token_id", c.get("eos_token_id")),
@@ -158,9 +170,9 @@ def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
 
 def _refuse_unknown(c: dict[str, Any], family: str) -> None:
     """Options that would change the arithmetic and that this decoder does not have."""
-    served = {"hidden_act": ("silu", "swish"), "mlp_bias": (False, None), "attention_bias": (False, None)}
-    if family == "qwen2":
-        served["attention_bias"] = (True, None)
+    # Llama and Qwen3 have biases on all four projections or on none, Qwen2 on three of them, Mistral never.
+    biases = {"qwen2": (True, None), "mistral": (False, None)}.get(family, (False, True, None))
+    served = {"hidden_act": ("silu", "swish"), "mlp_bias": (False, None), "attention_bias": biases}
     for key, values in served.items():
         if key in c and c[key] not in values:
             raise LoraxError(f"config.json: {key} = {c[key]!r} is not served for {family}; only {values[0]!r} is")
@@ -186,22 +198,28 @@ def _rope(c: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling(_number("factor", rope.get("factor")), low, high, original)
 
 
-def _sliding_window(c: dict[str, Any], family: str) -> int | None:
-    """Mistral's window holds for all layers; Qwen's only if asked for, and then from some layer on."""
+def _sliding_window(c: dict[str, Any], family: str) -> tuple[int | None, int]:
+    """The window, and how many of the first layers are without one.
+
+    Mistral's window holds for all layers; Qwen's only if asked for, and then from layer `max_window_layers` on.
+    """
     if family == "llama":
-        return None
-    if family == "mistral":
-        return c.get("sliding_window", 4096)
-    window = c.get("sliding_window", 4096) if c.get("use_sliding_window", False) else None
-    layers, first = c.get("num_hidden_layers", 0), c.get("max_window_layers", 28)
-    if window is None or first >= layers:
-        return None
-    if first > 0:
+        return None, 0
+    window, layers, full = c.get("sliding_window", 4096), c.get("num_hidden_layers", 0), 0
+    if family != "mistral":
+        window = window if c.get("use_sliding_window", False) else None
+        full = c.get("max_window_layers", 28)
+        if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+            raise LoraxError(f"config.json: max_window_layers must be a number of layers, not {full!r}")
+    window, full = (None, 0) if window is None or full >= layers else (window, full)
+    kinds = ["full_attention"] * (layers if window is None else full)
+    kinds += ["sliding_attention"] * (layers - len(kinds))
+    if family != "mistral" and c.get("layer_types") not in (None, kinds):
         raise LoraxError(
-            f"config.json: a sliding window from layer {first} on is not served; "
-            "only use_sliding_window = false or max_window_layers = 0 are"
+            "config.json: layer_types is not what use_sliding_window and max_window_layers say; other orders of full "
+            "and sliding attention are not served"
         )
-    return window
+    return window, full
 
 
 def _token(name: str, value: Any) -> int | None:
@@ -236,12 +254,12 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
     }
     if config.family != "qwen2":
-        out["attention_bias"] = False
+        out["attention_bias"] = config.attention_bias
     if config.family != "llama":
         out["sliding_window"] = config.sliding_window
     if config.family in ("qwen2", "qwen3"):
         out["use_sliding_window"] = config.sliding_window is not None
-        out["max_window_layers"] = 0 if config.sliding_window is not None else config.num_layers
+        out["max_window_layers"] = config.num_layers if config.sliding_window is None else config.full_layers
     return out
 
 

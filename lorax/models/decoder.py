@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         self.q_proj = Linear(c.hidden_size, c.num_heads * d, bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(c.hidden_size, c.num_kv_heads * d, bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(c.hidden_size, c.num_kv_heads * d, bias=bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(c.num_heads * d, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(c.num_heads * d, c.hidden_size, bias=c.output_bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(d, c.norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(d, c.norm_eps, dtype=dtype) if c.qk_norm else None
         self.head_dim = d
@@ -185,16 +185,25 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.arange(t)[None] if segment_ids is None else positions_in_segments(segment_ids)
         turn = rotation(self.config, positions)
-        see = visible(t, segment_ids, self.config.sliding_window)
+        see = self._seen_by_layer(lambda window: visible(t, segment_ids, window))
         shape, state = nnx.split(self.layers)
 
-        def layer(x: Array, weights: Any) -> tuple[Array, None]:
-            x, _ = nnx.merge(shape, weights)(x, turn, lambda q, k, v: (attend(q, k, v, see), None))
+        def layer(x: Array, xs: Any) -> tuple[Array, None]:
+            weights, index = xs
+            x, _ = nnx.merge(shape, weights)(x, turn, lambda q, k, v: (attend(q, k, v, see(index)), None))
             return x, None
 
         policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-        x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=policy), self.embed(ids.reshape(-1)), state)
+        layers = (state, jnp.arange(self.config.num_layers) if self.config.full_layers else None)
+        x = self.embed(ids.reshape(-1))
+        x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=policy), x, layers)
         return self.norm(x).reshape(b, t, -1)
+
+    def _seen_by_layer(self, mask: Callable[[int | None], Array]) -> Callable[[Array | None], Array]:
+        """Who may see whom in a layer, given its number; the first ones may be without the window."""
+        window, full = self.config.sliding_window, self.config.full_layers
+        near, far = mask(window), mask(None) if full else None
+        return lambda index: near if far is None or index is None else jnp.where(index < full, far, near)
 
     def head(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
         """Logits of features."""
@@ -216,7 +225,7 @@ class Decoder(nnx.Module):
         start = cache.used
         cache, positions = reserve(cache, jnp.ones((b, t), bool) if real is None else real)
         turn = rotation(self.config, positions)
-        see = visible_slots(cache, positions, self.config.sliding_window)
+        see = self._seen_by_layer(lambda window: visible_slots(cache, positions, window))
         shape, state = nnx.split(self.layers)
 
         def layer(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -229,7 +238,7 @@ class Decoder(nnx.Module):
                 ks = jax.lax.dynamic_update_slice(all_k, k[None].astype(all_k.dtype), at)
                 vs = jax.lax.dynamic_update_slice(all_v, v[None].astype(all_v.dtype), at)
                 past_k, past_v = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in (ks, vs))
-                return attend(q, past_k.astype(q.dtype), past_v.astype(q.dtype), see), (ks, vs)
+                return attend(q, past_k.astype(q.dtype), past_v.astype(q.dtype), see(index)), (ks, vs)
 
             x, (all_k, all_v) = nnx.merge(shape, weights)(x, turn, attending)
             return (x, all_k, all_v), None

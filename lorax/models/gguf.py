@@ -143,8 +143,14 @@ def hf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Sto
     head_dim = get("attention.key_length", get("rope.dimension_count", width // heads if heads else 0))
     if get("attention.value_length", head_dim) != head_dim or get("rope.dimension_count", head_dim) != head_dim:
         raise LoraxError(f"{path}: keys, values and rotary features of different sizes are not served")
+    window = _window(path, metadata, family)
     return {
-        "model_type": family,
+        # Mistral's files say "llama": the arithmetic is the same but for the window.
+        "model_type": "mistral" if window and family == "llama" else family,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": 0,
+        "attention_bias": family == "qwen2" or "blk.0.attn_q.bias" in tensors,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
@@ -160,6 +166,18 @@ def hf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Sto
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
+
+
+def _window(path: Path, metadata: Mapping[str, Any], family: str) -> int | None:
+    """The sliding window of all layers. Converters leave it out where they leave it unused: then all is seen."""
+    window = metadata.get(f"{family}.attention.sliding_window", 0)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise LoraxError(
+            f"{path}: key '{family}.attention.sliding_window' must be one number, not {str(window)[:40]!r}"
+        )
+    if window and f"{family}.attention.sliding_window_pattern" in metadata:
+        raise LoraxError(f"{path}: a sliding window in some of the layers is not served; only one in all of them is")
+    return window or None
 
 
 def _shortest(value: float) -> float:

@@ -69,6 +69,8 @@ def kinds(config: ModelConfig) -> list[Kind]:
             for n in "qk"
         ]
     out.append(_layer("attn/o_proj/kernel", "self_attn.o_proj.weight", "attn_output.weight", heads, d))
+    if c.output_bias:
+        out.append(_layer("attn/o_proj/bias", "self_attn.o_proj.bias", "attn_output.bias", d))
     out.append(_layer("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", d))
     f = c.intermediate_size
     for name, sizes in (("gate", (d, f)), ("up", (d, f)), ("down", (f, d))):

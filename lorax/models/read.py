@@ -128,10 +128,11 @@ def _read_kind(source: Checkpoint, kind: Kind, config: ModelConfig, dtype: np.dt
 def _row_order(source: Checkpoint, kind: Kind, config: ModelConfig) -> np.ndarray | None:
     """Which row of the file is row i of ours; None if they are the same.
 
-    GGUF files of the architecture "llama" (not of the others) hold the query and key rows of a head with
+    GGUF files of the architecture "llama" (Mistral's too, not the others) hold the query and key rows of a head with
     feature i next to feature i + head_dim/2, for a rotation of neighbours; ours rotates halves.
     """
-    if not (source.gguf and config.family == "llama" and kind.path.endswith(("q_proj/kernel", "k_proj/kernel"))):
+    turned = source.gguf and config.family in ("llama", "mistral")
+    if not (turned and kind.path.startswith(("layers/attn/q_proj/", "layers/attn/k_proj/"))):
         return None
     return np.arange(kind.shape[-1]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 

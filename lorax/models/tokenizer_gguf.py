@@ -21,7 +21,14 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}"
 QWEN2 = rf"{_WORDS}|\p{{N}}|{_OTHERS}"
-PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2}
+# Mistral's: runs of capitals, then of small letters; no English suffixes, digits one by one, slashes with punctuation.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+TEKKEN = (
+    rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "tekken": TEKKEN}
 GPT2, SMOLLM = ("default", "gpt-2"), "smollm"
 
 
@@ -113,14 +120,14 @@ def _byte_level(file: _Keys, tokens: list[str]) -> tuple[tokenizers.Tokenizer, b
             raise file.wrong("merges", f"joins {merge[:60]!r}, which are not all tokens")
         merges.append((left, right))
     pre = file.text("pre", "default")
-    llama = PATTERNS.get(pre) == LLAMA3
-    # Llama 3 takes a whole word that is a token as it is, even where merges would not lead to it.
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=llama))
+    whole = PATTERNS.get(pre) in (LLAMA3, TEKKEN)
+    # These two take a whole word that is a token as it is, even where merges would not lead to it, and begin a text.
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole))
     inner.pre_tokenizer = _cutter(pre, file.path)
     if PATTERNS.get(pre) == QWEN2:
         inner.normalizer = normalizers.NFC()
     inner.decoder = decoders.ByteLevel()
-    return inner, llama
+    return inner, whole
 
 
 def _cutter(pre: str, path: Path) -> Any:

@@ -51,6 +51,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "llama-biases": {
+        "model_type": "llama",
+        "vocab_size": 43,
+        "hidden_size": 14,
+        "intermediate_size": 25,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "attention_bias": True,
+    },
     "mistral": {
         "model_type": "mistral",
         "vocab_size": 53,
@@ -61,6 +72,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 10,
         "sliding_window": 5,
+    },
+    # The first layer sees everything, the others the last four tokens.
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "vocab_size": 47,
+        "hidden_size": 16,
+        "intermediate_size": 29,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
     },
     "qwen2.5": {
         "model_type": "qwen2",

@@ -17,11 +17,17 @@ import regex
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CUTS = {
     "smollm": [r"\p{N}", GPT2],
     "gpt-2": [GPT2],
     "llama-bpe": [MODERN % r"\p{N}{1,3}"],
     "qwen2": [MODERN % r"\p{N}"],
+    "tekken": [TEKKEN],
 }
 
 TEXTS = [
@@ -56,6 +62,8 @@ TEXTS = [
     "e=mc² ∑∞∂ √2 ≈ 1.41421356 ± 10⁻⁸",
     "supercalifragilisticexpialidocious antidisestablishmentarianism",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa bbbbbbbbbbbbbbbb",
+    "iPhone JavaScript GitHub YouTube LaTeX",
+    "// a/\n//\n/b ends,/\n/",
     "camelCaseAndPascalCase snake_case kebab-case SCREAMING",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|><|im_end|><|endoftext|>",
@@ -121,7 +129,7 @@ class Reference:
         return out
 
     def word(self, word, pre):
-        if pre == "llama-bpe" and word in self.ids:
+        if pre in ("llama-bpe", "tekken") and word in self.ids:
             return [self.ids[word]]
         parts = list(word)
         while True:

@@ -30,6 +30,7 @@ LAYER = {
     "self_attn.q_proj.bias": "attn_q.bias",
     "self_attn.k_proj.bias": "attn_k.bias",
     "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.o_proj.bias": "attn_output.bias",
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
@@ -65,6 +66,11 @@ def hf_weights(config, seed=0):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def architecture(config):
+    """What GGUF calls a model of this config: Mistral's files say llama."""
+    return "llama" if config["model_type"] == "mistral" else config["model_type"]
+
+
 def interleaved(rows, heads):
     """Query or key rows as converters write them for the architecture llama: feature i of a head beside i + half."""
     out = np.empty_like(rows)
@@ -85,14 +91,14 @@ def gguf_weights(config, weights):
             continue
         _, _, layer, rest = name.split(".", 3)
         heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}.get(rest[10:11], 0)
-        turned = config["model_type"] == "llama" and rest.endswith(("q_proj.weight", "k_proj.weight"))
+        turned = architecture(config) == "llama" and rest.startswith(("self_attn.q_proj.", "self_attn.k_proj."))
         out[f"blk.{layer}.{LAYER[rest]}"] = interleaved(x, heads) if turned else x
     return out
 
 
 def write_gguf(path, config, tensors, extra=lambda writer: None):
     """tensors: name -> array, or (bytes array, ggml type) of one that is quantised already."""
-    writer = gguf.GGUFWriter(path, config["model_type"])
+    writer = gguf.GGUFWriter(path, architecture(config))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -105,6 +111,8 @@ def write_gguf(path, config, tensors, extra=lambda writer: None):
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        writer.add_sliding_window(config["sliding_window"])
     extra(writer)
     for name, value in tensors.items():
         if isinstance(value, tuple):

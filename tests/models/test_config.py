@@ -60,8 +60,21 @@ def test_qwen_uses_its_window_only_when_told_to():
     assert ModelConfig.from_hf(qwen).sliding_window is None
     assert ModelConfig.from_hf({**qwen, "use_sliding_window": True, "max_window_layers": 0}).sliding_window == 6
     assert ModelConfig.from_hf({**qwen, "use_sliding_window": True, "max_window_layers": 2}).sliding_window is None
-    with pytest.raises(LoraxError, match="from layer 1"):
-        ModelConfig.from_hf({**qwen, "use_sliding_window": True, "max_window_layers": 1})
+    some = {**qwen, "use_sliding_window": True, "max_window_layers": 1}
+    assert (ModelConfig.from_hf(some).sliding_window, ModelConfig.from_hf(some).full_layers) == (6, 1)
+    kinds = ["full_attention", "sliding_attention"]
+    assert ModelConfig.from_hf({**some, "layer_types": kinds}) == ModelConfig.from_hf(some)
+    with pytest.raises(LoraxError, match="other orders"):
+        ModelConfig.from_hf({**some, "layer_types": kinds[::-1]})
+    with pytest.raises(LoraxError, match="max_window_layers must be a number of layers, not -1"):
+        ModelConfig.from_hf({**some, "max_window_layers": -1})
+
+
+def test_llama_and_qwen3_have_biases_when_told_to():
+    config = ModelConfig.from_hf({**LLAMA, "attention_bias": True})
+    assert (config.attention_bias, config.output_bias) == (True, True)
+    qwen2 = ModelConfig.from_hf({**LLAMA, "model_type": "qwen2", "num_key_value_heads": 1})
+    assert (qwen2.attention_bias, qwen2.output_bias) == (True, False)
 
 
 @pytest.mark.parametrize("family", sorted(p.name for p in GOLDEN.iterdir()))
@@ -84,7 +97,7 @@ def test_to_hf_and_back_is_the_same_config(family):
         ({"head_dim": 5}, "head_dim 5 is odd"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not served"),
         ({"mlp_bias": True}, "mlp_bias = True is not served"),
-        ({"attention_bias": True}, "attention_bias = True is not served for llama"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias = True is not served for mistral"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0"),
         ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not served"),
         ({"rope_scaling": [1]}, "must be an object"),

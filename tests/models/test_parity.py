@@ -39,8 +39,9 @@ def golden(family: str) -> tuple[np.ndarray, np.ndarray]:
         return file["ids"], file["logits"]
 
 
-def test_all_six_families_are_there():
-    assert FAMILIES == ["llama2", "llama3", "mistral", "qwen2.5", "qwen3", "smollm2"]
+def test_all_families_are_there():
+    named = ("llama2", "llama3", "mistral", "qwen2.5", "qwen3", "smollm2")
+    assert {"llama-biases", "qwen2-window", *named} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,6 +65,18 @@ def test_saved_and_loaded_again_in_shards(family, tmp_path):
         np.testing.assert_array_equal(x, y)
     ids, want = golden(family)
     np.testing.assert_allclose(again.apply(again.params, jnp.asarray(ids)), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
+def test_the_window_holds_in_the_cache(family, tmp_path):
+    """A prompt read in two chunks, then token by token, past the window."""
+    model = load(written(family, tmp_path))
+    ids, want = golden(family)
+    decode, cache, got = jax.jit(model.decode), model.init_cache(*ids.shape), []
+    for chunk in np.split(ids, [7, 14, *range(15, ids.shape[1])], axis=1):
+        logits, cache = decode(model.params, jnp.asarray(chunk), cache)
+        got.append(logits)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])

@@ -172,7 +172,7 @@ def test_the_first_token_of_a_text_is_written_down_for_other_readers(tmp_path):
         ({"model": "gpt2"}, "merges is missing"),
         ({"model": "gpt2", "merges": ["a  b"]}, "joins 'a  b'"),
         ({"model": "gpt2", "merges": ["a c"]}, "joins 'a c'"),
-        ({"model": "gpt2", "merges": [], "pre": "tekken"}, "pre-tokenizer 'tekken' is not served"),
+        ({"model": "gpt2", "merges": [], "pre": "viking"}, "pre-tokenizer 'viking' is not served"),
     ],
 )
 def test_metadata_that_does_not_fit_is_named(change, said):
