@@ -152,6 +152,7 @@ CASES = [
         (x(4, 6, 3),),
     ),
     Case("ragged", (4, 3, 5), STACKED, lambda w, x: jax.lax.ragged_dot(x, w, GROUPS), (x(6, 3),)),
+    Case("ragged to one column", (4, 3, 1), STACKED, lambda w, x: jax.lax.ragged_dot(x, w, GROUPS), (x(6, 3),), (1,)),
     Case("expert by index", (4, 3, 5), STACKED, lambda w, x: jnp.einsum("bd,bdf->bf", x, w[GROUPS[:3]]), (x(3, 3),)),
     Case("convolution", (3, 3, 4, 7), KERNEL, conv(NHWC), (x(2, 7, 5, 4),)),
     Case("convolution, groups", (3, 1, 2, 6), KERNEL, conv(NHWC, 3), (x(2, 7, 5, 6),)),

@@ -86,8 +86,10 @@ def _order(weight: Factored, summed: list[int]) -> tuple[str, str]:
     stacked = [axis for axis in summed if weight.is_stacked(axis)]
     if stacked:
         raise _contradiction(f"axis {stacked[0]} of {weight.shape} is stacked, and here it is summed")
-    in_a = any(weight.in_a(axis) for axis in summed)
-    in_b = any(weight.in_b(axis) for axis in summed)
+    # A sum over an axis of size one is none, whichever factor has it.
+    long = [axis for axis in summed if weight.shape[axis] != 1]
+    in_a = any(weight.in_a(axis) for axis in long)
+    in_b = any(weight.in_b(axis) for axis in long)
     if in_a and in_b:
         raise _contradiction(f"axes {tuple(summed)} of {weight.shape} are split between A and B")
     return ("b", "a") if in_b else ("a", "b")
@@ -119,7 +121,7 @@ def ragged_dot(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     plain = (tuple(x_sum), tuple(w_sum), group_axes) == ((1,), (1,), (0,)) and not x_batch and weight.ndim == 3
     if not plain:
         raise Unsupported("only the form (rows, k) x (groups, k, n) of a ragged dot is served")
-    if not (weight.in_a(1) and not weight.in_b(1) and weight.in_b(2)):
+    if not (weight.in_a(1) and not weight.in_b(1) and (weight.in_b(2) or weight.shape[2] == 1)):
         raise _contradiction(f"axes 1 and 2 of {weight.shape} are not A's and B's")
     experts, k, n = weight.shape
     rank = weight.a.shape[-1]
