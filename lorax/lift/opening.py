@@ -30,12 +30,19 @@ def _open_low_rank(leaf: LowRank, path: str) -> Factored:
     s, i, o = len(stack), len(inputs), len(outputs)
     # The factors' own axes stay in order; those they do not have come in as ones. B's rank goes from (stack, rank, out)
     # to the end.
-    a = jax.lax.expand_dims(leaf.A, range(s + i, s + i + o))
+    a = _with_ones(leaf.A, s + i, o)
     last = (*range(s), *range(s + 1, s + 1 + o), s)
-    b = jax.lax.expand_dims(jax.lax.transpose(leaf.B, last), range(s, s + i))
-    scale = jax.lax.expand_dims(leaf.scale, range(leaf.scale.ndim, s + i + o))
+    b = _with_ones(jax.lax.transpose(leaf.B, last), s, i)
+    scale = _with_ones(leaf.scale, leaf.scale.ndim, s + i + o - leaf.scale.ndim)
     order = inverse_order(leaf.axes.order)
     if order != tuple(range(s + i + o)):
         a, b = (jax.lax.transpose(x, (*order, len(order))) for x in (a, b))
         scale = jax.lax.transpose(scale, order)
     return Factored(open_leaf(leaf.base, path), a, b, scale, path)
+
+
+def _with_ones(x: jax.Array, at: int, count: int) -> jax.Array:
+    """`count` axes of size one before axis `at`: what `expand_dims` binds, without its checks, three for each weight."""
+    shape = (*x.shape[:at], *(1,) * count, *x.shape[at:])
+    kept = (*range(at), *range(at + count, len(shape)))
+    return jax.lax.broadcast_in_dim(x, shape, kept) if count else x
