@@ -42,7 +42,7 @@ def _open_low_rank(leaf: LowRank, path: str) -> Factored:
 
 
 def _with_ones(x: jax.Array, at: int, count: int) -> jax.Array:
-    """`count` axes of size one before axis `at`: what `expand_dims` binds, without its checks, three for each weight."""
+    """`count` axes of size one before axis `at`: what `expand_dims` binds, less its checks; each weight has three."""
     shape = (*x.shape[:at], *(1,) * count, *x.shape[at:])
     kept = (*range(at), *range(at + count, len(shape)))
     return jax.lax.broadcast_in_dim(x, shape, kept) if count else x
