@@ -86,7 +86,16 @@ def test_an_unknown_option_is_exit_2_without_traceback():
         (["train", "--task", "medical", "--rank", "-3"], ["rank is -3"]),
         (["train", "--task", "medical", "--lr", "nan"], ["lr is nan"]),
         (["train", "--task", "medical", "--steps", "0"], ["steps is 0"]),
+        (["train", "--task", "medical", "--seed", "9" * 20], ["seed is 9999", "at most 2147483647"]),
+        (["train", "--task", "medical", "--out", ""], ["--out", "empty"]),
         (["train", "--task", "medical", "--resume"], ["--out"]),
+        (["train", "--resume", "--out", "nowhere"], ["nowhere", "no run to resume"]),
+        (["generate", "--prompt", "x", "--seed", "-1"], ["--seed -1"]),
+        (["generate", "--prompt", "x", "--seed", "9" * 20], ["--seed 9999", "below 2^32"]),
+        (["generate", "--prompt", "x", "--base", ""], ["empty name", "no such base"]),
+        (["eval", "--task", "medical", "--items", "0"], ["--items 0", "at least 1"]),
+        (["eval", "--task", "medical", "--adapter", ""], ["no such folder"]),
+        (["inspect", ""], ["path is empty"]),
         (["generate", "--prompt", "x", "--top-p", "0"], ["--top-p"]),
         (["generate", "--prompt", "x", "--max-tokens", "0"], ["--max-tokens"]),
         (["generate", "--prompt", "x", "--adapter", "nowhere"], ["nowhere", "no such folder"]),
@@ -112,6 +121,29 @@ def test_the_message_of_an_error_is_folded_into_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_dispatch", broken)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "lorax: first second\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 1 TiB"), "RESOURCE_EXHAUSTED: Out of memory"])
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    class JaxRuntimeError(RuntimeError):
+        pass
+
+    def hungry(words):
+        raise error if isinstance(error, Exception) else JaxRuntimeError(error)
+
+    monkeypatch.setattr(cli, "_dispatch", hungry)
+    assert cli.main(["train"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "too little memory" in line
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def broken(words):
+        raise RuntimeError("a fault of lorax")
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(["train"])
 
 
 def test_ctrl_c_is_130(monkeypatch):

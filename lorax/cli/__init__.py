@@ -52,6 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # nowhere to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"lorax: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 2
+
+
+OUT_OF_MEMORY = "the machine has too little memory for this; smaller numbers (--batch-size, --seq-len) need less"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """NumPy's way to say it, or XLA's, whose class is not imported for it."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)[:100]
+    )
 
 
 def _dispatch(words: list[str]) -> int:

@@ -39,6 +39,8 @@ class Args:
         source = find(self.base, self.adapter)
         if (self.task is None) == (self.data is None):
             raise LoraxError("give either --task or --data: a built-in task, or a JSONL file of your own")
+        if self.items < 1:
+            raise LoraxError(f"--items {self.items}: must be at least 1")
         from lorax.train.dataset import held_out
         from lorax.train.evaluation import evaluate, make_scorer
         from lorax.train.progress import Display

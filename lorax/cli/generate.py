@@ -55,6 +55,11 @@ class Args:
         ids = tokens.encode(self._conversation(tokens, source.base) if chat else self.prompt)
         if not ids:
             raise LoraxError("--prompt: is empty; give at least one token of text")
+        if len(ids) + self.max_tokens > model.config.max_length:
+            raise LoraxError(
+                f"--max-tokens {self.max_tokens}: with a prompt of {len(ids)} that is more than the "
+                f"{model.config.max_length} tokens that {source.base} reads; ask for fewer"
+            )
         (new,) = generate(
             model,
             params,
@@ -82,6 +87,8 @@ class Args:
         return text
 
     def _check(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise LoraxError(f"--seed {self.seed}: must be at least 0 and below 2^32")
         if self.max_tokens < 1:
             raise LoraxError(f"--max-tokens {self.max_tokens}: must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -11,6 +11,7 @@ import tyro
 
 from lorax.cli.output import print_json, print_table
 from lorax.cli.source import find, open_model
+from lorax.errors import LoraxError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Args:
     def run(self, words: Sequence[str]) -> None:
         from lorax import report
 
+        if not self.path:
+            raise LoraxError("the path is empty; name a run's folder, an adapter's, or a base")
         source = find(self.base, self.path) if _is_adapter(Path(self.path)) else find(self.path, None)
         model, params = open_model(source)
         about = report(params)

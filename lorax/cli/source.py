@@ -59,9 +59,9 @@ def find(base: str | None, adapter: str | None) -> Source:
         LoraxError: the folder holds nothing of the kind.
     """
     if adapter is None:
-        return Source(base or DEFAULT_BASE, None)
+        return Source(DEFAULT_BASE if base is None else base, None)
     folder = Path(adapter)
-    if not folder.is_dir():
+    if not adapter or not folder.is_dir():
         raise LoraxError(f"{folder}: no such folder (--adapter takes a run's folder or an adapter's)")
     if (folder / "adapter_config.json").is_file():
         return _over(base, folder, folder.parent)
@@ -82,7 +82,9 @@ def _over(base: str | None, adapter: Path, run: Path) -> Source:
                 f"{adapter}: LoftQ fitted it to the quantised base in {own}, and to no other; leave --base out"
             )
         return Source(str(own), adapter, settings)
-    return Source(base or settings.get("base") or _named_by(adapter / "adapter_config.json"), adapter, settings)
+    if base is not None:
+        return Source(base, adapter, settings)
+    return Source(settings.get("base") or _named_by(adapter / "adapter_config.json"), adapter, settings)
 
 
 def _settings(record: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -31,8 +31,10 @@ class Args:
     """Print the report as JSON, and no progress."""
 
     def run(self, words: Sequence[str]) -> None:
-        if self.resume and self.out is None:
+        if self.resume and not self.out:
             raise LoraxError("--resume: say which run with --out runs/<name>")
+        if self.out == "":
+            raise LoraxError("--out: is empty; name a folder, or leave it out")
         config = self._recorded(words) if self.resume else self.config
         config.check()
         # Heavy imports wait until the settings are known to be good.
@@ -52,6 +54,10 @@ class Args:
         """
         record = Path(str(self.out)) / "run.json"
         if not record.exists():
+            if self.config.task is None and self.config.data is None:
+                raise LoraxError(
+                    f"{self.out}: holds no run to resume; name its folder, or begin one with --task or --data"
+                )
             return self.config
         from lorax.train.record import read_json
 
@@ -70,7 +76,25 @@ def config_from(recorded: Any, place: Path) -> TrainConfig:
     if not isinstance(recorded, dict) or set(recorded) != names:
         odd = sorted(set(recorded if isinstance(recorded, dict) else ()) ^ names)
         raise LoraxError(f"{place}: its settings are not those of this version of lorax ({', '.join(odd[:3])})")
+    kinds = get_type_hints(TrainConfig)
+    for name, value in recorded.items():
+        if not _fits(value, kinds[name]):
+            raise LoraxError(f"{place}: its setting {name} is {str(value)[:60]!r}; the run's record is damaged")
     return TrainConfig(**{**recorded, "targets": tuple(recorded["targets"])})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of JSON is of a setting's type."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if inner:
+        return any(_fits(value, one) for one in inner)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _free_folder(config: TrainConfig) -> Path:

@@ -23,6 +23,9 @@ from lorax.models.cache import Cache, init_cache
 from lorax.models.config import ModelConfig
 from lorax.models.model import Model
 
+# Temperatures below are zero: XLA takes smaller numbers for it.
+TINY = np.finfo(np.float32).tiny
+
 # The smallest bucket; above it lengths are rounded up to a power of two.
 BUCKET = 16
 
@@ -82,14 +85,14 @@ def generate(
     written = _run(
         model.config,
         bucket(max_new_tokens),
-        temperature > 0,
+        bool(np.float32(temperature) >= TINY),
         top_p < 1.0,
         params,
         ids,
         real,
         np.array(stop or [-1], np.int32),
         np.int32(max_new_tokens),
-        np.float32(temperature or 1.0),
+        np.float32(temperature) if np.float32(temperature) >= TINY else np.float32(1.0),
         np.float32(top_p),
         jax.random.key(seed),
     )
@@ -173,7 +176,8 @@ def _run(
         logits = logits.astype(jnp.float32)
         if not sampling:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / temperature
+        # The likeliest at zero, so that a tiny temperature leaves it alone finite.
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
         logits = keep_nucleus(logits, top_p) if nucleus else logits
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, step), row))(jnp.arange(rows))
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

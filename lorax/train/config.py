@@ -105,6 +105,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise LoraxError(f"{name} is {value}: must be at least {least}")
+            if value is not None and value > _AT_MOST:
+                raise LoraxError(f"{name} is {value}: must be at most {_AT_MOST}")
         for name in ("lr", "alpha", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise LoraxError(f"{name} is {getattr(self, name)}: must be above 0")
@@ -134,6 +136,8 @@ class TrainConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+# Counts and seeds are 32-bit numbers somewhere below.
+_AT_MOST = 2**31 - 1
 _AT_LEAST = {
     "rank": 1, "last_k": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "clip": 0, "loftq": 0,
     "warmup": 0, "weight_decay": 0, "eval_every": 0, "eval_items": 1, "save_every": 1, "seed": 0,

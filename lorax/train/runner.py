@@ -76,6 +76,9 @@ def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[
     """Check that `out` may be written; the report if that run is finished already."""
     record = out / "run.json"
     if not record.exists():
+        # A run that was killed before it had written its record may have left a file whose name begins with a dot.
+        if out.exists() and (not out.is_dir() or any(not entry.name.startswith(".") for entry in out.iterdir())):
+            raise LoraxError(f"{out}: is there and holds no run; name another --out, which a run has to itself")
         if resume:
             show.say(f"{out}: holds no run yet, starting at the beginning")
         return None

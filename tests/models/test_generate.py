@@ -83,6 +83,12 @@ def test_one_seed_gives_one_text_and_another_another(model):
     assert draw(1, top_p=1e-6) == generate(model, model.params, PROMPTS, 12)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-37])
+def test_the_smallest_temperatures_are_greedy(model, temperature):
+    greedy = generate(model, model.params, PROMPTS, 5)
+    assert generate(model, model.params, PROMPTS, 5, temperature=temperature) == greedy
+
+
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     p = jnp.array([[0.1, 0.4, 0.2, 0.3]])
     kept = lambda top: (keep_nucleus(jnp.log(p), jnp.float32(top))[0] > -jnp.inf).tolist()  # noqa: E731

@@ -175,6 +175,27 @@ def test_what_cannot_be_trained_leaves_nothing(settings, tmp_path, capsys, more,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_with_other_things_in_it_is_left_alone(settings, tiny_base, tmp_path, capsys):
+    before = sorted(path.name for path in tiny_base.iterdir())
+    assert "holds no run" in refused(capsys, *words(settings(), "--out", tiny_base))
+    assert sorted(path.name for path in tiny_base.iterdir()) == before
+    (tmp_path / "file").write_text("x")
+    assert "holds no run" in refused(capsys, *words(settings(), "--out", tmp_path / "file"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", "x"), ("lr", True), ("targets", "q"), ("method", "magic")])
+def test_a_record_with_settings_of_another_kind_is_named(finished, tmp_path, capsys, name, value):
+    record = json.loads((finished / "run.json").read_text())
+    record["config"][name] = value
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert f"its setting {name} is" in refused(capsys, "train", "--resume", "--out", tmp_path)
+
+
+def test_more_tokens_than_the_model_reads_are_refused(finished, capsys):
+    line = refused(capsys, "generate", "--adapter", finished, "--prompt", "abc", "--max-tokens", "100000000000")
+    assert "more than the 512 tokens" in line
+
+
 def test_the_other_commands_read_the_run(finished, settings, tiny_data, tmp_path, capsys):
     report = json.loads((finished / "report.json").read_text())
 
