@@ -133,7 +133,7 @@ def _low_rank(key: jax.Array, path: str, leaf: Any, spec: LoraSpec, axes: Axes) 
         a = start(own, spec.init, (*stack, *ins, rank), math.prod(ins), spec.dtype)
         return a, jnp.zeros((*stack, rank, *outs), spec.dtype), jnp.float32(spec.scale_for(path))
 
-    abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    abstract = all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))  # a quantised base has several
     a, b, scale = jax.eval_shape(factors, key) if abstract else factors(key)
     return LowRank(leaf, a, b, scale, axes)
 

@@ -92,10 +92,10 @@ class Packed(Value):
 
     def before_shards(self) -> Packed:
         """The weight with one level of scales, so that codes and scales can be split along the same axes."""
-        if self.array.scales2 is None:
-            return self
-        scales = resolve_scales(self.array)
-        return replace(self, array=replace(self.array, scales=scales, scales2=None, offset=None, map8=None))
+        array = replace(self.array, placement=None)  # inside, every device has a part that is whole to it
+        if array.scales2 is not None:
+            array = replace(array, scales=resolve_scales(array), scales2=None, offset=None, map8=None)
+        return replace(self, array=array)
 
     def specs(self, spec: PartitionSpec) -> Any:
         """Codes and scales are split along the stored axes as the weight is along its own."""

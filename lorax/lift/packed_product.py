@@ -119,6 +119,11 @@ def fused_product(eqn: Any, args: list[Any]) -> jax.Array | None:
 def as_matrix(array: QuantizedArray, n: int, k: int) -> QuantizedArray:
     """The same blocks as an (n, k) array: the order of the codes does not change."""
     assert array.scales is not None
-    if array.layout == "tpu":
+    if array.core_ndim == 2:
         return array
-    return replace(array, codes=array.codes.reshape(n, -1), scales=array.scales.reshape(n, -1), core_ndim=2)
+    place = array.placement
+    if place is not None:
+        sizes = array.slice_shape
+        place = place.as_matrix(next(cut for cut in range(1, len(sizes)) if math.prod(sizes[:cut]) == n))
+    codes, scales = array.codes.reshape(n, -1), array.scales.reshape(n, -1)
+    return replace(array, codes=codes, scales=scales, core_ndim=2, placement=place)

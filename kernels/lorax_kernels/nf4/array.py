@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Num
 
 from lorax_kernels.nf4.codebooks import FOUR_BIT
+from lorax_kernels.placement import Placement
 
 GROUP = 256  # scales that share a second-level scale
 
@@ -40,6 +41,7 @@ class QuantizedArray:
     block_size: values that share a scale.
     dtype_name: the dtype of the array that was quantised, and of what `dequantize` gives.
     layout: `"rows"`, the order above, or `"tpu"`: int32 words `(*stack, columns / 8, rows)`, see `layouts`.
+    placement: how a slice lies on a mesh, for kernels; None where there is none, or the compiler is to decide.
     """
 
     codes: Num[Array, "*stack_and_bytes"]
@@ -53,6 +55,7 @@ class QuantizedArray:
     block_size: int
     dtype_name: str
     layout: str = "rows"
+    placement: Placement | None = None
 
     @property
     def is_regular(self) -> bool:
@@ -114,5 +117,5 @@ def is_regular(slice_shape: tuple[int, ...], format: str, block_size: int) -> bo
 jax.tree_util.register_dataclass(
     QuantizedArray,
     data_fields=["codes", "scales", "scales2", "offset", "map8"],
-    meta_fields=["core_ndim", "flat_shape", "format", "block_size", "dtype_name", "layout"],
+    meta_fields=["core_ndim", "flat_shape", "format", "block_size", "dtype_name", "layout", "placement"],
 )

@@ -73,9 +73,17 @@ def resolve_scales(q: QuantizedArray) -> Float32[Array, "*stack_and_blocks"]:
     """The float32 scales: second level undone."""
     if q.scales2 is None:
         return q.scales  # pyright: ignore[reportReturnType]
-    stack = q.stack
-    codes = q.scales.reshape(*stack, -1)  # pyright: ignore[reportOptionalMemberAccess]
-    values = lookup8(codes) if q.map8 is None else jnp.take_along_axis(q.map8, codes.astype(jnp.int32), axis=-1)
-    second = jnp.repeat(q.scales2, GROUP, axis=-1)[..., : codes.shape[-1]]
+    stack, codes = q.stack, q.scales
+    assert codes is not None
+    size = math.prod(codes.shape[len(stack) :])
+    if q.map8 is None:
+        values = lookup8(codes)
+    else:
+        flat = codes.reshape(*stack, size).astype(jnp.int32)
+        values = jnp.take_along_axis(q.map8, flat, axis=-1).reshape(codes.shape)
+    # The few second-level scales are spread to the shape of the codes, not the codes flattened to theirs: codes that
+    # are split over a mesh stay where they are.
+    second = jnp.repeat(q.scales2, GROUP, axis=-1)[..., :size].reshape(codes.shape)
+    offset = q.offset.reshape(*stack, *[1] * (codes.ndim - len(stack)))  # pyright: ignore[reportOptionalMemberAccess]
     # The product is rounded before the sum, as in the original; a fused multiply-add would round once.
-    return (rounded(values * second) + q.offset[..., None]).reshape(q.scales.shape)  # pyright: ignore
+    return rounded(values * second) + offset

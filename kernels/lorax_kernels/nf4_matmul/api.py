@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lorax_kernels.dispatch import Shapes, explain
@@ -41,6 +43,7 @@ def matmul(
         (3, 5)
     """
     backend = serves(x, q, transpose, post is not None, 0, options)
+    q = _at_use(q)
     if backend == "xla":
         return xla.matmul(x, q, transpose, post, extras, **options)
     from lorax_kernels.nf4_matmul import kernels
@@ -61,12 +64,30 @@ def lora_matmul(
         The sum in x's dtype. Differentiable in x, a, b and scale.
     """
     backend = serves(x, q, False, False, a.shape[-1], {})
+    q = _at_use(q)
     if backend == "xla":
         h = jnp.matmul(x, a.astype(x.dtype)) * scale.astype(x.dtype)
         return xla.matmul(x, q) + jnp.matmul(h, b.astype(x.dtype))
     from lorax_kernels.nf4_matmul import kernels
 
     return kernels.lora_matmul(backend, x, q, a, b, scale)
+
+
+def _at_use(q: QuantizedArray) -> QuantizedArray:
+    """The weight for the moment of its use: parts that lie on the axes of the rows (FSDP) brought together, packed.
+
+    Said outright, because a compiler may as well dequantise each part first and move eight times the bytes.
+    """
+    place = q.placement
+    if place is None or not set(place.rows) & set(place.core):
+        return q
+    outs, ins = (None if name in place.rows else name for name in place.core)
+
+    def put(x: jax.Array, *names: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, PartitionSpec(*names)))
+
+    codes = put(q.codes, ins, outs) if q.layout == "tpu" else put(q.codes, outs, ins)
+    return replace(q, codes=codes, scales=None if q.scales is None else put(q.scales, outs, ins))
 
 
 def serves(x: Any, q: QuantizedArray, transpose: bool, post: bool, rank: int, options: dict[str, Any]) -> str:
@@ -77,5 +98,7 @@ def serves(x: Any, q: QuantizedArray, transpose: bool, post: bool, rank: int, op
     if post or q.format != "nf4" or wanted not in (None, x.dtype) or options.get("precision") is not None:
         return "xla"
     rows = math.prod(x.shape[:-1])
+    if q.placement is not None:
+        rows, k, n = q.placement.local(rows, k, n)
     shapes = Shapes(rows, k, n, str(x.dtype), q.block_size, rank)
     return explain("nf4_matmul_t" if transpose else "nf4_matmul", shapes).chosen

@@ -4,14 +4,15 @@
     dx = dy W^T + s (dy B^T) A^T       backward in x    dh = dy B^T
     dA = s x^T dh      dB = s h^T dy      ds = sum(h * dh)
 
-`custom_vjp` on the outside, `custom_vmap` inside it (a mapped batch of rows becomes more rows), `custom_partitioning`
-innermost: rows and columns are split without moving W, split inputs end in a sum over the devices.
+`custom_vjp` on the outside, `custom_vmap` inside it (a mapped batch of rows becomes more rows), innermost what a mesh
+needs: rows and columns are split without moving W, split inputs end in a sum over the devices. Where W says how it lies
+(`placement`) that is a `shard_map`; elsewhere `custom_partitioning`, which asks the compiler, and which libtpu lacks.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from lorax_kernels.nf4.array import QuantizedArray
 from lorax_kernels.nf4.codebooks import NF4
 from lorax_kernels.nf4.dequantize import resolve_scales
 from lorax_kernels.nf4_matmul import layout_tpu
+from lorax_kernels.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ class Call:
     block_size: int
     words: bool  # the codes are in the TPU's order, int32 (k/8, n)
     interpret: bool = False
+    placement: Placement | None = None
 
 
 def matmul(
     backend: str, x: Float[Array, "*rows k"], q: QuantizedArray, transpose: bool = False, interpret: bool = False
 ) -> Float[Array, "*rows n"]:
     """x @ W or x @ W^T by a kernel."""
-    call = Call(backend, current_target()[1], transpose, False, q.block_size, q.layout == "tpu", interpret)
+    call = _call(backend, q, transpose, False, interpret)
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _matmul(call, rows, _operands(q))
     return y.reshape(*x.shape[:-1], -1)
@@ -61,10 +64,15 @@ def lora_matmul(
     interpret: bool = False,
 ) -> Float[Array, "*rows n"]:
     """x W + scale (x A) B by a kernel that reads x once."""
-    call = Call(backend, current_target()[1], False, True, q.block_size, q.layout == "tpu", interpret)
+    call = _call(backend, q, False, True, interpret)
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _lora(call, rows, _operands(q), a, b, scale)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _call(backend: str, q: QuantizedArray, transpose: bool, lora: bool, interpret: bool) -> Call:
+    words = q.layout == "tpu"
+    return Call(backend, current_target()[1], transpose, lora, q.block_size, words, interpret, q.placement)
 
 
 def _operands(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
@@ -112,7 +120,7 @@ _lora.defvjp(_lora_fwd, _lora_bwd)
 
 
 def _turned(call: Call) -> Call:
-    return Call(call.backend, call.chip, not call.transpose, call.lora, call.block_size, call.words, call.interpret)
+    return replace(call, transpose=not call.transpose)
 
 
 @functools.cache
@@ -149,23 +157,21 @@ def _partitioned(call: Call) -> Any:
     if call.interpret:
         # The interpreter talks to the host in order, which a partitioned call cannot.
         return functools.partial(_run, call)
+    if call.placement is not None:
+        return functools.partial(_sharded, call)
 
     @custom_partitioning
     def function(*args: jax.Array) -> tuple[jax.Array, ...]:
         return _run(call, *args)
 
     def place(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
-        specs, results, summed = _specs(call, arg_shapes, mesh)
-
-        def lower(*args: jax.Array) -> tuple[jax.Array, ...]:
-            outs = _run(call, *args)
-            return tuple(jax.lax.psum(out, axes) if axes else out for out, axes in zip(outs, summed, strict=True))
-
+        specs, results, summed = _specs_of_shapes(call, arg_shapes, mesh)
+        lower = functools.partial(_run_and_sum, call, summed)
         put = lambda spec: NamedSharding(mesh, spec)  # noqa: E731
         return mesh, lower, tuple(map(put, results)), tuple(map(put, specs))
 
     def infer(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
-        _, results, _ = _specs(call, arg_shapes, mesh)
+        _, results, _ = _specs_of_shapes(call, arg_shapes, mesh)
         return tuple(NamedSharding(mesh, spec) for spec in results)
 
     function.def_partition(infer_sharding_from_operands=infer, partition=place, sharding_rule=_rule(call))
@@ -186,17 +192,43 @@ def _rule(call: Call) -> str:
     )
 
 
-def _specs(call: Call, arg_shapes: Any, mesh: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+def _specs_of_shapes(call: Call, arg_shapes: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """`_specs` for operands that the compiler has placed."""
+    x, codes = arg_shapes[0], arg_shapes[1]
+    n_axis, k_axis = (_axis(codes, 1), _axis(codes, 0)) if call.words else (_axis(codes, 0), _axis(codes, 1))
+    return _specs(call, _axis(x, 0), n_axis, k_axis, codes.shape, mesh)
+
+
+def _sharded(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, *lora: Any) -> tuple[jax.Array, ...]:
+    """The call under `shard_map`, as the weight's own placement says."""
+    place = call.placement
+    assert place is not None
+    rows, (outs, ins) = place.split(x.shape[0]) or None, place.core
+    operands, results, summed = _specs(call, rows, outs, ins, codes.shape, place.mesh)
+    run = functools.partial(_run_and_sum, call, summed)
+    # The kernels say nothing of which axes their results vary over.
+    split = jax.shard_map(run, mesh=place.mesh, in_specs=operands, out_specs=results, check_vma=False)
+    return split(x, codes, scales, *lora)
+
+
+def _run_and_sum(call: Call, summed: Any, *args: jax.Array) -> tuple[jax.Array, ...]:
+    outs = _run(call, *args)
+    return tuple(jax.lax.psum(out, axes) if axes else out for out, axes in zip(outs, summed, strict=True))
+
+
+def _specs(
+    call: Call, rows: Any, n_axis: Any, k_axis: Any, codes: tuple[int, ...], mesh: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     """Specs of the operands and results, and over which mesh axes each result is summed.
 
-    Rows follow x; outputs and inputs of W follow its codes where whole tiles fall on each device.
+    Rows follow x; outputs and inputs of W follow its codes where whole tiles fall on each device. An axis that splits
+    the rows splits no weight: its part of the codes is gathered for the product.
     """
-    x, codes = arg_shapes[0], arg_shapes[1]
-    rows = _axis(x, 0)
-    n_axis, k_axis = (_axis(codes, 1), _axis(codes, 0)) if call.words else (_axis(codes, 0), _axis(codes, 1))
-    k = codes.shape[0] * 8 if call.words else codes.shape[1] * 2
+    k = codes[0] * 8 if call.words else codes[1] * 2
     used = set(_names(rows))
-    n_axis = None if used & set(_names(n_axis)) else n_axis
+    n = codes[1] if call.words else codes[0]
+    if used & set(_names(n_axis)) or n % (_count(mesh, n_axis) * (128 if call.words else 1)):
+        n_axis = None
     used |= set(_names(n_axis))
     if used & set(_names(k_axis)) or k % (_count(mesh, k_axis) * (512 if call.words else call.block_size)):
         k_axis = None
