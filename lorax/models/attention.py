@@ -13,6 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 # Large and finite: a row that may see nothing (padding) gets a uniform softmax instead of 0/0.
 HIDDEN = -1e30
 
+# Rows longer than this are attended to in blocks: at 4,096 tokens one sequence's scores are 67 MB a head.
+LONG = 1024
+QUERY_BLOCK = 512
+
 
 def visible(length: int, segment_ids: Int[Array, "b t"] | None, window: int | None) -> Bool[Array, "b t t"]:
     """Which keys (last axis) each query may see: earlier ones of its own segment, within the window.
@@ -58,3 +62,52 @@ def attend(
     p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", p, v)
     return out.reshape(b, t, h, d)
+
+
+def attend_in_blocks(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b t kv d"],
+    v: Float[Array, "b t kv d"],
+    segment_ids: Int[Array, "b t"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    block: int = QUERY_BLOCK,
+) -> Float[Array, "b t h d"]:
+    """`attend` over the tokens that `visible` names, a block of queries at a time.
+
+    The scores of a block, (b, h, block, t), are made, used and forgotten, and made again in the backward pass; neither
+    all scores nor the whole mask ever exist. Each row's softmax is still taken over all its keys at once, so the result
+    is that of `attend`, not an approximation. Gradients of keys and values are summed over the blocks in float32.
+
+    Args:
+        q, k, v: as for `attend`, over the same tokens.
+        segment_ids, window: as for `visible`; the window may be a traced number.
+        block: queries at a time; the last block is filled up with queries whose results are dropped.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> v = jnp.arange(3.0).reshape(1, 3, 1, 1)
+        >>> q = k = jnp.zeros((1, 3, 1, 1))
+        >>> attend_in_blocks(q, k, v, block=2).ravel().tolist()
+        [0.0, 0.5, 1.0]
+    """
+    b, t, h, d = q.shape
+    count = -(-t // block)
+    fill = ((0, 0), (0, count * block - t))
+    own = jnp.zeros((1, t), jnp.int32) if segment_ids is None else segment_ids
+
+    def in_blocks(x: Array) -> Array:
+        full = jnp.pad(x, (*fill, *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(full.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
+
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one(part: tuple[Array, Array, Array]) -> Array:
+        queries, ids, start = part
+        distance = start + jnp.arange(block)[:, None] - jnp.arange(t)[None, :]
+        near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        see = near[None] & (ids[:, :, None] == own[:, None, :])
+        return attend(queries, wide[0].astype(k.dtype), wide[1].astype(v.dtype), see)
+
+    out = jax.lax.map(one, (in_blocks(q), in_blocks(own), block * jnp.arange(count)))
+    return jnp.moveaxis(out, 0, 1).reshape(b, count * block, h, d)[:, :t]

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from lorax.models.attention import attend, visible
+from lorax.models.attention import LONG, attend, attend_in_blocks, visible
 from lorax.models.cache import Cache, reserve, visible_slots
 from lorax.models.config import ModelConfig
 from lorax.models.rope import Rotation, rotate, rotation
@@ -155,16 +155,26 @@ class Decoder(nnx.Module):
         remat: recompute each layer in the backward pass instead of keeping its activations (less memory, a
             third more work).
         rngs: where fresh weights are drawn from.
+        stream: how the stream between layers, (rows, features), lies on a mesh; what each layer keeps for the
+            backward pass lies so. By default the compiler decides.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Any = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+        stream: jax.sharding.Sharding | None = None,
+    ):
         self.embed = Embed(config, dtype=dtype, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.vmap(lambda key: Block(config, dtype=dtype, rngs=nnx.Rngs(key)))(keys)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         tied, size = config.tie_embeddings, (config.hidden_size, config.vocab_size)
         self.lm_head = None if tied else Linear(*size, dtype=dtype, rngs=rngs)
-        self.config, self.remat = config, remat
+        self.config, self.remat, self.stream = config, remat, stream
 
     def __call__(
         self,
@@ -185,25 +195,41 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.arange(t)[None] if segment_ids is None else positions_in_segments(segment_ids)
         turn = rotation(self.config, positions)
-        see = self._seen_by_layer(lambda window: visible(t, segment_ids, window))
+        attending = self._attending(t, segment_ids)
         shape, state = nnx.split(self.layers)
 
         def layer(x: Array, xs: Any) -> tuple[Array, None]:
             weights, index = xs
-            x, _ = nnx.merge(shape, weights)(x, turn, lambda q, k, v: (attend(q, k, v, see(index)), None))
-            return x, None
+            x, _ = nnx.merge(shape, weights)(x, turn, lambda q, k, v: (attending(q, k, v, index), None))
+            return self._laid_out(x), None
 
         policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(KEPT)
         layers = (state, jnp.arange(self.config.num_layers) if self.config.full_layers else None)
-        x = self.embed(ids.reshape(-1))
+        x = self._laid_out(self.embed(ids.reshape(-1)))
         x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=policy), x, layers)
         return self.norm(x).reshape(b, t, -1)
+
+    def _attending(self, length: int, segment_ids: Int[Array, "b t"] | None) -> Callable[..., Array]:
+        """Attention over whole rows in a layer, given its number; long rows in blocks."""
+        window, full = self.config.sliding_window, self.config.full_layers
+        if length > LONG:
+
+            def in_blocks(q: Array, k: Array, v: Array, index: Array | None) -> Array:
+                near = window if window is None or index is None else jnp.where(index < full, length, window)
+                return attend_in_blocks(q, k, v, segment_ids, near)
+
+            return in_blocks
+        see = self._seen_by_layer(lambda window: visible(length, segment_ids, window))
+        return lambda q, k, v, index: attend(q, k, v, see(index))
 
     def _seen_by_layer(self, mask: Callable[[int | None], Array]) -> Callable[[Array | None], Array]:
         """Who may see whom in a layer, given its number; the first ones may be without the window."""
         window, full = self.config.sliding_window, self.config.full_layers
         near, far = mask(window), mask(None) if full else None
         return lambda index: near if far is None or index is None else jnp.where(index < full, far, near)
+
+    def _laid_out(self, x: Float[Array, "rows d"]) -> Float[Array, "rows d"]:
+        return x if self.stream is None else jax.lax.with_sharding_constraint(x, self.stream)
 
     def head(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
         """Logits of features."""

@@ -26,6 +26,7 @@ class Model:
     params: a plain nested dict of arrays; `Decoder`'s attribute names are the keys.
     tokenizer: None for a model that was drawn at random.
     remat: recompute layers in the backward pass.
+    stream: how the features between layers, (rows, features), lie on a mesh; None leaves it to the compiler.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -39,6 +40,7 @@ class Model:
     params: dict[str, Any] = field(repr=False)
     tokenizer: Any = field(default=None, repr=False)
     remat: bool = False
+    stream: jax.sharding.Sharding | None = field(default=None, repr=False)
 
     @classmethod
     def init(cls, config: ModelConfig, key: Array, dtype: Any = jnp.float32, remat: bool = False) -> Model:
@@ -101,16 +103,16 @@ class Model:
         return self._bind(params).extend(ids, cache, real)
 
     def _bind(self, params: PyTree) -> Decoder:
-        definition, expected = _definition(self.config, self.remat)
+        definition, expected = _definition(self.config, self.remat, self.stream)
         if jax.tree.structure(params) != expected:
             raise LoraxError(_difference(params, self.config))
         return nnx.merge(definition, params)
 
 
 @functools.lru_cache(maxsize=64)
-def _definition(config: ModelConfig, remat: bool) -> tuple[Any, Any]:
+def _definition(config: ModelConfig, remat: bool, stream: jax.sharding.Sharding | None) -> tuple[Any, Any]:
     """The module without its arrays, and the structure of its parameter tree."""
-    module = nnx.eval_shape(lambda: Decoder(config, remat=remat, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: Decoder(config, remat=remat, rngs=nnx.Rngs(0), stream=stream))
     definition, state = nnx.split(module)
     return definition, jax.tree.structure(_plain(state))
 

@@ -49,6 +49,7 @@ def cross_entropy(
     *,
     head_trains: bool = True,
     chunk: int = CHUNK,
+    groups: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of `-weight * log softmax(head(hidden))[target]`, and the sum of the weights.
 
@@ -64,6 +65,8 @@ def cross_entropy(
             respect to `hidden` is then made in the forward pass, chunk by chunk, so that the logits are
             computed once instead of twice. With False, gradients of the head's own weights are lost.
         chunk: rows of logits alive at once.
+        groups: equal parts of the batch that are chunked each on their own, side by side. On a mesh, as many as the
+            batch is split over: rows then never leave their device, and a chunk is `chunk` rows of every part.
 
     Returns:
         The loss sum in nats and the weight sum, float32 scalars.
@@ -76,7 +79,7 @@ def cross_entropy(
         >>> round(float(total / count), 4)  # log 3
         1.0986
     """
-    chunks = _chunked(hidden, targets, weights, chunk)
+    chunks = _chunked(hidden, targets, weights, chunk, groups)
     run = _sum_with_autodiff if head_trains else _sum_with_gradient
     return run(head, chunks), jnp.sum(weights.astype(jnp.float32))
 
@@ -155,7 +158,9 @@ def _sum_with_gradient(head: Head, chunks: _Chunks) -> Float[Array, ""]:
     return jax.lax.stop_gradient(total) + jnp.sum(gradient * (chunks.rows - fixed).astype(jnp.float32))
 
 
-def _chunked(hidden, targets, weights, chunk: int) -> _Chunks:
+def _chunked(hidden, targets, weights, chunk: int, groups: int = 1) -> _Chunks:
+    if groups > 1:
+        return _side_by_side(hidden, targets, weights, chunk, groups)
     d = hidden.shape[-1]
     rows, labels = hidden.reshape(-1, d), targets.reshape(-1)
     w = weights.reshape(-1).astype(jnp.float32)
@@ -166,6 +171,14 @@ def _chunked(hidden, targets, weights, chunk: int) -> _Chunks:
     counts = jnp.concatenate([w[order[: len(w)]], jnp.zeros(pad, w.dtype)])
     shape = (-1, chunk)
     return _Chunks(rows[order].reshape(-1, chunk, d), labels[order].reshape(shape), counts.reshape(shape), order)
+
+
+def _side_by_side(hidden, targets, weights, chunk: int, groups: int) -> _Chunks:
+    """The chunks of each part of the batch, joined along their rows: (chunks, groups * chunk, ...)."""
+    parts = [x.reshape(groups, -1, *x.shape[targets.ndim :]) for x in (hidden, targets, weights)]
+    each = jax.vmap(lambda h, t, w: _chunked(h, t, w, chunk))(*parts)
+    rows, labels, counts = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in each[:3])
+    return _Chunks(rows, labels, counts, each.order.reshape(-1))
 
 
 def _back(values, order, shape):

@@ -9,18 +9,19 @@ import optax
 from lorax import join, lift
 from lorax.optim import adamw8bit
 from lorax.train.config import TrainConfig
-from lorax.train.loss import cross_entropy
+from lorax.train.loss import CHUNK, cross_entropy
 from lorax.train.schedule import Schedule, learning_rate
 from lorax.train.step import LossFn
 
 
-def language_model_loss(model: Any, *, head_trains: bool) -> LossFn:
+def language_model_loss(model: Any, *, head_trains: bool, chunk: int = CHUNK, groups: int = 1) -> LossFn:
     """The supervised loss of a decoder: `(trainable, frozen, batch, key) -> (sum over completion tokens,
     their number)`.
 
     Args:
         model: anything with `.hidden(params, ids, positions, segment_ids)` and `.head(params, rows)`.
         head_trains: whether the weights behind `.head` are differentiated (see `cross_entropy`).
+        chunk, groups: as in `cross_entropy`; on a mesh `groups` is how many parts the batch is split into.
     """
 
     def forward(params, batch):
@@ -31,6 +32,8 @@ def language_model_loss(model: Any, *, head_trains: bool) -> LossFn:
             batch["targets"],
             batch["weights"],
             head_trains=head_trains,
+            chunk=chunk,
+            groups=groups,
         )
 
     lifted = lift(forward)

@@ -11,6 +11,7 @@ import pytest
 import lorax
 from lorax.errors import LoraxError
 from lorax.models import Model, ModelConfig, RopeScaling
+from lorax.models.attention import attend, attend_in_blocks, visible
 
 PLAIN = ModelConfig("llama", 59, 18, 31, num_layers=3, num_heads=3, num_kv_heads=3, head_dim=6)
 EVERYTHING = ModelConfig(
@@ -231,3 +232,37 @@ def test_a_full_cache_takes_no_more_tokens():
     _, cache = model.decode(model.params, ids, model.init_cache(1, 6))
     with pytest.raises(LoraxError, match="4 more tokens do not fit in 6 slots"):
         model.decode(model.params, ids, cache)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_blocks_is_attention(window):
+    """Values and gradients, with a last block that is not full, segments, and a window; float64 as the oracle."""
+    rng = np.random.default_rng(0)
+    shape = dict(q=(2, 13, 4, 6), k=(2, 13, 2, 6), v=(2, 13, 2, 6))
+    args = [rng.normal(size=size) for size in shape.values()]
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, 13)), axis=1), jnp.int32)
+    mix = rng.normal(size=(2, 13, 4, 6))
+
+    def whole(q, k, v):
+        return (attend(q, k, v, visible(13, segments, window)) * mix).sum()
+
+    def blocks(q, k, v):
+        return (attend_in_blocks(q, k, v, segments, window, block=4) * mix.astype(np.float32)).sum()
+
+    value, got = jax.jit(jax.value_and_grad(blocks, (0, 1, 2)))(*(jnp.asarray(x, jnp.float32) for x in args))
+    with jax.enable_x64(True):
+        exact, want = jax.value_and_grad(whole, (0, 1, 2))(*(jnp.asarray(x) for x in args))
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+def test_long_rows_are_attended_to_in_blocks(monkeypatch):
+    model, ids = random_model(EVERYTHING), random_ids(EVERYTHING, 2, 11)
+    segments = jnp.asarray([[1] * 4 + [2] * 7, [1] * 9 + [0] * 2])
+    want = apply(model, ids, None, segments)
+    monkeypatch.setattr("lorax.models.decoder.LONG", 8)
+    jax.clear_caches()
+    text = str(jax.make_jaxpr(model.apply)(model.params, ids, None, segments))
+    assert "512" in text, "the rows were not cut into blocks"
+    np.testing.assert_allclose(apply(model, ids, None, segments), want, rtol=0, atol=2e-5 * np.abs(want).max())

@@ -119,3 +119,19 @@ def test_score_places_every_position(chunk):
     want = -jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] * weights
     np.testing.assert_allclose(found.loss, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.hit, (best == targets).astype(jnp.float32) * weights)
+
+
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_parts_chunked_side_by_side_give_the_same(head_trains):
+    hidden, kernel, targets, weights = problem(shape=(6, 7))
+
+    def parts(hidden, kernel):
+        head = lambda rows: rows @ kernel  # noqa: E731
+        return cross_entropy(head, hidden, targets, weights, head_trains=head_trains, chunk=4, groups=3)[0]
+
+    value, (dh, dk) = jax.jit(jax.value_and_grad(parts, (0, 1)))(hidden, kernel)
+    want, (wh, wk) = jax.value_and_grad(whole, (0, 1))(hidden, kernel, targets, weights)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(dh, wh, rtol=1e-4, atol=1e-6)
+    if head_trains:
+        np.testing.assert_allclose(dk, wk, rtol=1e-4, atol=1e-6)
