@@ -17,36 +17,53 @@ from lorax.errors import LoraxError
 
 if TYPE_CHECKING:
     from lorax.adapt import adapt
+    from lorax.combine import Extracted, combine, extract_lora
+    from lorax.dropout import dropout
     from lorax.io.peft import load_adapter, save_adapter
     from lorax.lift import lift
     from lorax.masks import mask, optimizer
     from lorax.quant import Quantized, QuantSpec, dequantize, loftq, quantize, requantize
+    from lorax.rebase import rebase
     from lorax.report import report
     from lorax.spec import LoraSpec
     from lorax.tree import attach, extract, join, merge, split, unmerge
-    from lorax.weights import Axes, Concat, Full, LowRank
+    from lorax.variants.dora import Dora
+    from lorax.variants.lora_fa import FrozenA
+    from lorax.variants.loraplus import lora_plus
+    from lorax.variants.vera import Vera
+    from lorax.weights import Axes, Change, Concat, Full, LowRank
 
 # name -> the module that defines it
 _HOME = {
     "Axes": "weights",
+    "Change": "weights",
     "Concat": "weights",
+    "Dora": "variants.dora",
+    "Extracted": "combine",
+    "FrozenA": "variants.lora_fa",
     "Full": "weights",
     "LoraSpec": "spec",
     "LowRank": "weights",
     "QuantSpec": "quant",
     "Quantized": "quant",
+    "Vera": "variants.vera",
     "adapt": "adapt",
     "attach": "tree",
+    "combine": "combine",
     "dequantize": "quant",
+    "dropout": "dropout",
     "extract": "tree",
+    "extract_lora": "combine",
     "join": "tree",
     "lift": "lift",
     "load_adapter": "io.peft",
     "loftq": "quant",
+    "lora_plus": "variants.loraplus",
     "mask": "masks",
     "merge": "tree",
     "optimizer": "masks",
     "quantize": "quant",
+    "rebase": "rebase",
     "report": "report",
     "requantize": "quant",
     "save_adapter": "io.peft",
@@ -58,25 +75,35 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axes",
+    "Change",
     "Concat",
+    "Dora",
+    "Extracted",
+    "FrozenA",
     "Full",
     "LoraSpec",
     "LoraxError",
     "LowRank",
     "QuantSpec",
     "Quantized",
+    "Vera",
     "adapt",
     "attach",
+    "combine",
     "dequantize",
+    "dropout",
     "extract",
+    "extract_lora",
     "join",
     "lift",
     "load_adapter",
     "loftq",
+    "lora_plus",
     "mask",
     "merge",
     "optimizer",
     "quantize",
+    "rebase",
     "report",
     "requantize",
     "save_adapter",

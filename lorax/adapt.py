@@ -5,18 +5,36 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax.choose import choose, is_all_linear, is_floating_matrix, is_head, linear_by_name
 from lorax.errors import LoraxError
+from lorax.lift.inputs import second_moments
 from lorax.lift.roles import Ledger, axis_uses
 from lorax.paths import path_of
 from lorax.quantized import Quantized
 from lorax.spec import LoraSpec
-from lorax.weights import Axes, Full, LowRank, check_rank, is_structured
+from lorax.variants.eva import RHO, redistribute
+from lorax.variants.eva import shares as explained_shares
+from lorax.variants.start import Matrix
+from lorax.variants.table import INITS, VARIANTS
+from lorax.weights import (
+    Axes,
+    Change,
+    Full,
+    LowRank,
+    as_matrices,
+    check_rank,
+    dense,
+    is_structured,
+    low_rank_delta,
+    wider,
+)
 
 
 def adapt(
@@ -30,7 +48,8 @@ def adapt(
 
     W becomes W + scale A B with A Gaussian and B zero, so the adapted tree computes what the plain one does. A is
     `(*stack, *in, rank)`, B is `(*stack, rank, *out)`: stacked weights get true factors per layer. A weight that both
-    settings name gets the low-rank change.
+    settings name gets the low-rank change. Other starts (`spec.init`) and other kinds of change (`spec.variant`) begin
+    at the same function: `merge` gives the weights back, up to rounding where the start moves the base.
 
     Args:
         key: a JAX random key. Each weight's A depends on the key and the weight's path alone.
@@ -39,14 +58,14 @@ def adapt(
         fn: the function that the tree will go through, called as `fn(params, *args)`; it is traced, not run. From
             the trace come the roles of each weight's axes: contracted ones are in, scanned and batched ones stacked,
             the others out. Without it the last two axes are the matrix and those before them are stacked.
-        args: example or abstract arguments for `fn`.
+        args: example or abstract arguments for `fn`; for `init="eva"` a batch of real ones.
 
     Returns:
         A tree of the same structure; the arrays that were there are shared, not copied.
 
     Raises:
         LoraxError: a pattern that matches nothing (with near misses), a rank outside 1..min(in, out), a weight that
-            no matmul consumes, a tree that is adapted already.
+            no matmul consumes, a tree that is adapted already, a start that asks for values that are not there.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax
@@ -66,10 +85,12 @@ def adapt(
     for path, leaf in named:
         if path in also and isinstance(leaf, Quantized):
             raise LoraxError(f"{path}: is quantised and cannot train as a whole; leave it out of train_also")
+    axes = {path: _axes(path, leaf, ledger) for path, leaf in named if path in targets}
+    found = _explained(key, named, axes, spec, params, fn, args) if INITS[spec.init].reads_inputs and axes else {}
     leaves = []
     for path, leaf in named:
         if path in targets:
-            leaves.append(_low_rank(key, path, leaf, spec, _axes(path, leaf, ledger)))
+            leaves.append(_change(key, path, leaf, spec, axes[path], found.get(path)))
         else:
             leaves.append(Full(leaf) if path in also else leaf)
     return jax.tree_util.tree_unflatten(treedef, leaves)
@@ -78,7 +99,7 @@ def adapt(
 def _check_plain(named: Sequence[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for path, leaf in named:
-        if isinstance(leaf, (LowRank, Full)):
+        if isinstance(leaf, (Change, Full)):
             raise LoraxError(f"{path}: is adapted already; merge it, or adapt the plain tree with one spec for all")
         if path in seen:
             raise LoraxError(f"{path}: two leaves have this path, so no pattern can tell them apart")
@@ -120,27 +141,94 @@ def _axes(path: str, leaf: Any, ledger: Ledger | None) -> Axes:
     return Axes.default(len(leaf.shape))
 
 
-def _low_rank(key: jax.Array, path: str, leaf: Any, spec: LoraSpec, axes: Axes) -> LowRank:
+def _change(key: jax.Array, path: str, leaf: Any, spec: LoraSpec, axes: Axes, found: Found | None = None) -> Any:
+    """The structured leaf of one target: base and factors by `spec.init`, in the form of `spec.variant`."""
+    rank = spec.rank_for(path) if found is None else found.rank
+    matrix = _matrix(key, path, leaf, spec, axes, rank)
+    row = INITS[spec.init]
+    if row.moves_base and isinstance(leaf, Quantized):
+        raise LoraxError(
+            f"{path}: is quantised, and init={spec.init!r} takes its factors out of the base; "
+            "adapt the plain tree and quantise the result"
+        )
+    if row.moves_base and matrix.scale == 0:
+        raise LoraxError(f"{path}: init={spec.init!r} divides by the scale, and alpha is 0; give another alpha")
+
+    def make(key: jax.Array, base: Any, inputs: Any) -> LowRank:
+        m = replace(matrix, key=key, weight=lambda: as_matrices(dense(base).astype(jnp.float32), axes), inputs=inputs)
+        a, b = (x.astype(spec.dtype) for x in row.factors(m))
+        if found is not None:
+            a = a * found.mask(rank).astype(a.dtype)
+        stack, ins, outs = (tuple(leaf.shape[i] for i in group) for group in (axes.stack, axes.inputs, axes.outputs))
+        a, b = a.reshape(*stack, *ins, rank), b.reshape(*stack, rank, *outs)
+        out = LowRank(base, a, b, jnp.float32(matrix.scale), axes, float(spec.dropout))
+        return out.with_base(_rest(out)) if row.moves_base else out
+
+    # A weight's own key: the same whatever else is adapted, different for every path.
+    own, inputs = jax.random.fold_in(key, zlib.crc32(path.encode())), None if found is None else found.inputs
+    abstract = all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))  # a quantised base has several
+    made = jax.eval_shape(make, own, leaf, inputs) if abstract else make(own, leaf, inputs)
+    # A base that stays is the caller's own array, not a copy.
+    made = made if row.moves_base else made.with_base(leaf)
+    return VARIANTS[spec.variant].build(made, key, spec.dtype)
+
+
+def _rest(change: LowRank) -> jax.Array:
+    """W - s A B in W's dtype, from the factors as they are stored."""
+    wide = wider(change.base.dtype, jnp.float32)
+    delta = low_rank_delta(change).astype(wide)
+    return (change.base.astype(wide) - delta).astype(change.base.dtype)
+
+
+def _matrix(key: jax.Array, path: str, leaf: Any, spec: LoraSpec, axes: Axes, rank: int) -> Matrix:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise LoraxError(f"{path}: has dtype {jnp.dtype(leaf.dtype).name}; only floating weights can be adapted")
-    rank = spec.rank_for(path)
     check_rank(path, rank, leaf.shape, axes)
     stack, ins, outs = (tuple(leaf.shape[i] for i in group) for group in (axes.stack, axes.inputs, axes.outputs))
-
-    def factors(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # A weight's own key: the same whatever else is adapted, different for every path.
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        a = start(own, spec.init, (*stack, *ins, rank), math.prod(ins), spec.dtype)
-        return a, jnp.zeros((*stack, rank, *outs), spec.dtype), jnp.float32(spec.scale_for(path))
-
-    abstract = all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))  # a quantised base has several
-    a, b, scale = jax.eval_shape(factors, key) if abstract else factors(key)
-    return LowRank(leaf, a, b, scale, axes)
+    # The scale is that of the rank that was asked for, wherever EVA puts ranks.
+    return Matrix(
+        key, stack, math.prod(ins), math.prod(outs), rank, spec.scale_for(path), spec.dtype, lambda: dense(leaf)
+    )
 
 
-def start(key: jax.Array, init: str, shape: tuple[int, ...], fan_in: int, dtype: Any) -> jax.Array:
-    """The first value of A: N(0, 1/fan_in) or U(-1, 1)/sqrt(fan_in)."""
-    width = 1.0 / math.sqrt(fan_in)
-    if init == "uniform":
-        return jax.random.uniform(key, shape, dtype, -width, width)
-    return (width * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+@dataclass(frozen=True)
+class Found:
+    """What EVA found for one weight: the ranks of its matrices, and the sum of x x^T over their inputs."""
+
+    ranks: np.ndarray
+    inputs: jax.Array
+
+    @property
+    def rank(self) -> int:
+        return int(self.ranks.max())
+
+    def mask(self, rank: int) -> np.ndarray:
+        """(*stack, 1, rank) ones for the components that a matrix has. Zeros on both sides never train."""
+        return (np.arange(rank) < self.ranks[..., None])[..., None, :].astype(np.float32)
+
+
+def _explained(
+    key: jax.Array,
+    named: Sequence[tuple[str, Any]],
+    axes: dict[str, Axes],
+    spec: LoraSpec,
+    params: Any,
+    fn: Any,
+    args: Any,
+) -> dict[str, Found]:
+    """EVA's ranks and directions, from the inputs that `fn(params, *args)` brings to each target."""
+    if fn is None:
+        raise LoraxError("init='eva' reads the inputs of each layer; pass fn and args (a batch of examples) to adapt")
+    leaves = dict(named)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, [leaves[path] for path in axes]))):
+        raise LoraxError("init='eva' reads the inputs of each layer; pass concrete weights and a batch as args")
+    moments = second_moments(fn, params, args, axes)
+    ranks = {path: spec.rank_for(path) for path in axes}
+    shares = {}
+    for path, moment in moments.items():
+        check_rank(path, ranks[path], leaves[path].shape, axes[path])
+        outs = math.prod(leaves[path].shape[i] for i in axes[path].outputs)
+        most = min(int(RHO * ranks[path]), moment.shape[-1], outs)
+        shares[path] = explained_shares(key, moment, most)
+    counts = redistribute(shares, ranks)
+    return {path: Found(counts[path], moments[path]) for path in axes}

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from lorax.quantized import Quantized
 from lorax.tree import named_leaves, pick
-from lorax.weights import Concat, Full, LowRank
+from lorax.weights import Change, Concat, Full
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,19 @@ def report(params: Any) -> Report:
     return Report(tuple(_row(path, leaf) for path, leaf in named_leaves(params)))
 
 
-_KINDS = {Quantized: "quantised", LowRank: "low-rank", Full: "full", Concat: "pieces"}
+_KINDS = {Quantized: "quantised", Full: "full", Concat: "pieces"}
 
 
 def _row(path: str, leaf: Any) -> Row:
     trains, frozen = _arrays(pick(leaf, True)), _held(leaf)
-    low_rank = isinstance(leaf, LowRank)
+    changed = isinstance(leaf, Change)
     return Row(
         path=path,
-        kind=_KINDS.get(type(leaf), "frozen"),
+        kind=leaf.KIND if changed else _KINDS.get(type(leaf), "frozen"),
         shape=tuple(leaf.shape),
         dtype=_dtype(leaf),
-        rank=leaf.rank if low_rank else None,
-        scale=_scale(leaf) if low_rank else None,
+        rank=leaf.rank if changed else None,
+        scale=_scale(leaf) if changed else None,
         trainable=sum(_size(x) for x in trains),
         frozen=sum(_size(x) for x in frozen),
         trainable_bytes=sum(_bytes(x) for x in trains),
@@ -144,21 +144,25 @@ def _held(leaf: Any) -> list[Any]:
     """What does not train, with quantised weights whole; the scale of a low-rank change counts as neither."""
     if isinstance(leaf, Concat):
         return [x for part in leaf.parts for x in _held(part)]
-    rest = leaf.base if isinstance(leaf, LowRank) else leaf
-    return [rest] if isinstance(rest, Quantized) else _arrays(pick(rest, False))
+    if isinstance(leaf, Change):
+        # Frozen factors count; a scale is a number, not a weight.
+        factors = _arrays(pick(leaf.with_base(None), False))
+        return [*_held(leaf.base), *(x for x in factors if x.ndim > len(leaf.axes.stack))]
+    return [leaf] if isinstance(leaf, Quantized) else _arrays(pick(leaf, False))
 
 
 def _dtype(leaf: Any) -> str:
-    base = leaf.base if isinstance(leaf, LowRank) else leaf
+    base = leaf.base if isinstance(leaf, Change) else leaf
     if isinstance(base, Quantized):
         return base.array.format
     return jnp.dtype(leaf.dtype).name if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
-def _scale(leaf: LowRank) -> float | None:
-    # A scale per layer, or one that is traced or abstract, is no single number.
-    concrete = isinstance(leaf.scale, (jax.Array, np.ndarray)) and not isinstance(leaf.scale, Tracer)
-    return float(leaf.scale) if concrete and leaf.scale.ndim == 0 else None
+def _scale(leaf: Change) -> float | None:
+    # A scale per layer, or one that is traced or abstract, is no single number; some changes have none.
+    scale: Any = getattr(leaf, "scale", None)
+    concrete = isinstance(scale, (jax.Array, np.ndarray)) and not isinstance(scale, Tracer)
+    return float(scale) if concrete and scale.ndim == 0 else None
 
 
 def _arrays(tree: Any) -> list[Any]:

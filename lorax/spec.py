@@ -11,11 +11,9 @@ import jax.numpy as jnp
 
 from lorax.errors import LoraxError
 from lorax.paths import Pattern, as_patterns, matches, show
+from lorax.variants.table import INITS, SCALINGS, VARIANTS
 
 ALL_LINEAR = "all-linear"
-SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
-VARIANTS = ("lora",)
-INITS = ("gaussian", "uniform")
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,12 @@ class LoraSpec:
         rank: the inner size of A B; a mapping pattern -> rank sets it per weight, the first match counts.
         alpha: the numerator of the scale; a mapping works as for rank.
         scaling: `"lora"`: scale = alpha / rank; `"rslora"`: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
-        variant: `"lora"`.
-        init: how A starts: `"gaussian"`, N(0, 1/fan_in), or `"uniform"`, U(-1, 1) / sqrt(fan_in). B starts at zero.
-        dropout: probability of dropping an input of the low-rank path; only 0.0.
+        variant: `"lora"`; `"dora"`: lengths and directions apart; `"lora-fa"`: A frozen; `"vera"`: shared random
+            factors and trained diagonals (alpha does not matter).
+        init: how the factors start. `"gaussian"`, A ~ N(0, 1/fan_in), or `"uniform"`, U(-1, 1) / sqrt(fan_in), with B
+            zero; `"eva"`: A from the inputs that `fn` makes of `args`, ranks redistributed. `"pissa"`, `"milora"` (each
+            with `-fast`) and `"olora"` take both out of the weight and leave the rest as the base.
+        dropout: probability of dropping an input of the low-rank path, where `lorax.dropout` asks for it.
         train_also: weights that train as they are, beside the low-rank changes (patterns as in targets).
         dtype: dtype of the factors; float32 whatever the base is, since bf16 factors with Adam can stop learning.
 
@@ -57,8 +58,11 @@ class LoraSpec:
         _one_of("scaling", self.scaling, SCALINGS)
         _one_of("variant", self.variant, VARIANTS)
         _one_of("init", self.init, INITS)
-        if self.dropout != 0.0:
-            raise LoraxError(f"LoraSpec: dropout={self.dropout!r} is not supported; use dropout=0.0")
+        starts = VARIANTS[self.variant].starts
+        if starts is not None and self.init not in starts:
+            raise LoraxError(f"LoraSpec: variant={self.variant!r} has its own start; leave init={self.init!r} out")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise LoraxError(f"LoraSpec: dropout must be a probability below 1, not {self.dropout!r}")
         if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
             raise LoraxError(f"LoraSpec: dtype {self.dtype!r} is not a floating type; use jnp.float32")
         for rank in _values(self.rank):
@@ -108,5 +112,9 @@ def _lookup(name: str, setting: Any, path: str) -> Any:
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise LoraxError(f"LoraSpec: {name}={value!r} is unknown; choose one of {', '.join(sorted(allowed))}")
+    if value in allowed:
+        return
+    tables = {"scaling": SCALINGS, "variant": VARIANTS, "init": INITS}
+    home = next((other for other, table in tables.items() if value in table), None)
+    hint = f" ({value!r} is a row of {home}: {home}={value!r})" if home else ""
+    raise LoraxError(f"LoraSpec: {name}={value!r} is unknown; choose one of {', '.join(sorted(allowed))}{hint}")

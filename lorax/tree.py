@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from lorax.choose import choose
 from lorax.errors import LoraxError
 from lorax.paths import Pattern, as_patterns, path_of
 from lorax.weights import (
+    Change,
     Concat,
     Full,
     LowRank,
@@ -122,10 +122,10 @@ def merge(params: Any, audit: bool = False) -> Any:
     errors: dict[str, float] = {}
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, LowRank) and leaf.base is None:
+        if isinstance(leaf, Change) and leaf.base is None:
             raise LoraxError(f"{path}: an adapter without its base cannot be merged; attach it first")
         merged = dense(leaf)
-        if audit and isinstance(leaf, LowRank):
+        if audit and isinstance(leaf, Change):
             errors[path] = _rounding_error(leaf, merged)
         return merged
 
@@ -133,8 +133,15 @@ def merge(params: Any, audit: bool = False) -> Any:
     return (tree, errors) if audit else tree
 
 
-def _rounding_error(leaf: LowRank, merged: Any) -> float:
-    exact = np.asarray(dense(leaf.base), np.float64) + _exact_delta(leaf)
+def _rounding_error(leaf: Change, merged: Any) -> float:
+    change = leaf.low_rank()
+    # A change that is no sum has its float32 form as the measure: what is lost is the rounding to a narrower dtype.
+    wide = None if change is not None else leaf.with_base(jax.numpy.asarray(dense(leaf.base)).astype(np.float32))
+    exact = (
+        np.asarray(dense(leaf.base), np.float64) + _exact_delta(change)
+        if change is not None
+        else np.asarray(dense(wide), np.float64)
+    )
     norm = float(np.linalg.norm(exact))
     return float(np.linalg.norm(np.asarray(merged, np.float64) - exact)) / norm if norm else 0.0
 
@@ -173,8 +180,11 @@ def unmerge(params: Any, adapter: Any) -> Any:
         change = changes.get(path)
         if isinstance(change, (Full, Concat)):
             raise LoraxError(f"{path}: was trained as a whole, so the merged weight does not hold the base; reload it")
-        if not isinstance(change, LowRank):
+        if not isinstance(change, Change):
             return leaf
+        change = change.low_rank()
+        if change is None:
+            raise LoraxError(f"{path}: its change is no sum, so it cannot be taken out of a merged weight; reload it")
         delta = low_rank_delta(change)
         wide = wider(leaf.dtype, delta.dtype)
         return (leaf.astype(wide) - delta.astype(wide)).astype(leaf.dtype)
@@ -193,8 +203,8 @@ def extract(params: Any) -> Any:
     """
 
     def without_base(leaf: Any) -> Any:
-        if isinstance(leaf, LowRank):
-            return replace(leaf, base=None)
+        if isinstance(leaf, Change):
+            return leaf.with_base(None)
         if isinstance(leaf, Concat):
             return Concat(tuple(without_base(part) for part in leaf.parts))
         return leaf if isinstance(leaf, Full) else None
@@ -241,8 +251,8 @@ def _check_paths(base: Any, changes: dict[str, Any]) -> None:
 
 
 def _put(path: str, leaf: Any, change: Any) -> Any:
-    if isinstance(change, LowRank):
-        return replace(change, base=leaf)
+    if isinstance(change, Change):
+        return change.with_base(leaf)
     if isinstance(change, Concat):
         return _put_pieces(path, leaf, change)
     return change

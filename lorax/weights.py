@@ -4,9 +4,10 @@
     Full      W = value, and it trains
     Concat    W = concatenation of the parts along axis 0
 
-A leaf stands where the user's array stood and has its `shape` and `dtype`. Which of its arrays train is a fact of
-the class (`TRAINS`), so `mask`, `split` and `optimizer` need nothing but the tree. All are pytrees: `jit`, `vmap`,
-Optax and Orbax see the arrays inside.
+LowRank is one kind of `Change`, a frozen base and what was learned on top; `variants/` has the others. A leaf stands
+where the user's array stood and has its `shape` and `dtype`. Which of its arrays train is a fact of the class
+(`TRAINS`), so `mask`, `split` and `optimizer` need nothing but the tree. All are pytrees: `jit`, `vmap`, Optax and
+Orbax see the arrays inside.
 """
 
 from __future__ import annotations
@@ -81,9 +82,33 @@ def register(cls: Any) -> Any:
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
 
 
+class Change(Structured):
+    """A leaf that is a frozen base and what was learned on top of it.
+
+    A kind of change has `base` (None in an adapter taken off its base), `axes`, `rank` and `dropout`, as fields or
+    properties, and the two methods here.
+    """
+
+    KIND: ClassVar[str] = "change"
+    base: Any
+    axes: Axes
+
+    @property
+    def rank(self) -> int:
+        raise TypeError(f"{type(self).__name__} defines no rank")
+
+    def with_base(self, base: Any) -> Any:
+        """The same change over another base."""
+        return replace(self, base=base)  # pyright: ignore[reportArgumentType]
+
+    def low_rank(self) -> LowRank | None:
+        """The plain low-rank change that it equals, over the same base; None where there is none."""
+        return None
+
+
 @register
 @dataclass(frozen=True, eq=False)
-class LowRank(Structured):
+class LowRank(Change):
     """A weight with a low-rank change beside it: W = base + scale * A B.
 
     base: the frozen weight, any shape; None in an adapter taken off its base (`extract`).
@@ -91,6 +116,7 @@ class LowRank(Structured):
     B: `(*stack, rank, *out)`, trains.
     scale: float32, shape () or (*stack,): alpha / rank, or alpha / sqrt(rank) for rsLoRA. It does not train.
     axes: the role of each axis of the base.
+    dropout: the probability with which an input of the low-rank path is dropped while `lorax.dropout` asks for it.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
@@ -100,9 +126,11 @@ class LowRank(Structured):
     B: Float[Array, "*stack_r_out"]
     scale: Float[Array, "*stack"]
     axes: Axes
+    dropout: float = 0.0
 
+    KIND: ClassVar[str] = "low-rank"
     TRAINS: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    META: ClassVar[frozenset[str]] = frozenset({"axes"})
+    META: ClassVar[frozenset[str]] = frozenset({"axes", "dropout"})
 
     @property
     def rank(self) -> int:
@@ -130,9 +158,11 @@ class LowRank(Structured):
         wide = wider(base.dtype, delta.dtype)
         return (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
 
+    def low_rank(self) -> LowRank:
+        return LowRank(self.base, self.A, self.B, self.scale, self.axes, self.dropout)
+
     def __repr__(self) -> str:
-        base = "no base" if self.base is None else f"{jnp.dtype(self.base.dtype).name}"
-        return f"LowRank(shape={self.shape}, rank={self.rank}, base={base})"
+        return f"{type(self).__name__}(shape={self.shape}, rank={self.rank}, base={base_name(self.base)})"
 
 
 @register
@@ -190,6 +220,11 @@ class Concat(Structured):
         return f"Concat({', '.join(map(repr_part, self.parts))})"
 
 
+def base_name(base: Any) -> str:
+    """The base of a change in a word: its dtype."""
+    return "no base" if base is None else jnp.dtype(base.dtype).name
+
+
 def repr_part(part: Any) -> str:
     """A part of a Concat in one word or its own repr."""
     return repr(part) if isinstance(part, Structured) else f"array{tuple(part.shape)}"
@@ -232,6 +267,14 @@ def low_rank_delta(weight: LowRank) -> Float[Array, "*shape"]:
     ab = ab * scale.reshape(*scale.shape, *([1] * (ab.ndim - scale.ndim)))
     ab = ab.reshape(*stack, *ins, *outs)
     return jnp.transpose(ab, inverse_order(weight.axes.order))
+
+
+def as_matrices(weight: jax.Array, axes: Axes) -> Float[Array, "*stack in out"]:
+    """A weight as matrices: stacked axes in front, the others merged into one input and one output axis."""
+    s, i = len(axes.stack), len(axes.inputs)
+    moved = jnp.transpose(weight, axes.order)
+    ins, outs = moved.shape[s : s + i], moved.shape[s + i :]
+    return moved.reshape(*moved.shape[:s], math.prod(ins), math.prod(outs))
 
 
 def wider(one: Any, other: Any) -> Any:

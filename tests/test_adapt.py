@@ -228,7 +228,8 @@ def test_errors_name_the_weight_and_the_way_out(spec, says):
     "bad",
     [
         {"rank": 0}, {"rank": -1}, {"rank": 1.5}, {"rank": True}, {"rank": {"*": 0}}, {"alpha": float("nan")},
-        {"alpha": "x"}, {"scaling": "big"}, {"variant": "dora2"}, {"init": "ones"}, {"dropout": 0.1},
+        {"alpha": "x"}, {"scaling": "big"}, {"variant": "dora2"}, {"init": "ones"}, {"dropout": 1.0},
+        {"dropout": -0.1}, {"dropout": True},
         {"dtype": jnp.int32},
     ],
 )  # fmt: skip

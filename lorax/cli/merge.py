@@ -69,9 +69,9 @@ class Args:
         """Whether --into makes sense for the base that was loaded."""
         from lorax.quant import Quantized
         from lorax.tree import named_leaves
-        from lorax.weights import LowRank
+        from lorax.weights import Change
 
-        changed = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, LowRank)]
+        changed = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, Change)]
         packed = any(isinstance(leaf.base, Quantized) for leaf in changed)
         if packed and self.into == "original":
             raise LoraxError(

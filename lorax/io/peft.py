@@ -25,7 +25,8 @@ from lorax.io.peft_names import slot_of
 from lorax.io.peft_read import CONFIG, WEIGHTS, read_adapter
 from lorax.io.peft_write import Writer
 from lorax.tree import attach, named_leaves
-from lorax.weights import Axes, Concat, Full, LowRank, is_structured
+from lorax.variants.dora import Dora
+from lorax.weights import Axes, Change, Concat, Full, LowRank, is_structured
 
 # What a folder may hold and still be replaced as an adapter's.
 _OURS = {CONFIG, WEIGHTS, peft_meta.FILE, "README.md"}
@@ -34,7 +35,8 @@ _OURS = {CONFIG, WEIGHTS, peft_meta.FILE, "README.md"}
 def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None) -> None:
     """Write what an adapted tree changes, whole or not at all, in PEFT's format.
 
-    Low-rank changes become `lora_A (rank, in)` and `lora_B (out, rank)` of each layer; weights that train as they are
+    Low-rank changes become `lora_A (rank, in)` and `lora_B (out, rank)` of each layer, with a `lora_magnitude_vector
+    (out)` for DoRA; VeRA is stored as the plain low-rank change that it equals. Weights that train as they are
     (`train_also`) become `modules_to_save`. scale = lora_alpha / r holds in the written configuration.
 
     Args:
@@ -59,6 +61,7 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None)
     Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     path, named = Path(path), named_leaves(params)
+    named = [(name, _storable(leaf)) for name, leaf in named]
     changed = {name: leaf for name, leaf in named if peft_meta.is_adapted(leaf)}
     if not changed:
         raise LoraxError(f"{path}: nothing in this tree is adapted, so there is no adapter to save; adapt it first")
@@ -86,10 +89,10 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None)
 def load_adapter(path: str | Path, base: Any, *, check_base: bool = True) -> Any:
     """Read an adapter and put it over its base.
 
-    An adapter that `save_adapter` wrote fits any tree with the paths that it came from. One that PEFT wrote (LoRA or
-    rsLoRA, with rank and alpha patterns, whole modules, biases) fits the zoo's models. Layers of different rank are
-    filled up with zeros to the largest, and layers without a change get zero factors; both are the same function, and
-    training leaves the zeros alone.
+    An adapter that `save_adapter` wrote fits any tree with the paths that it came from. One that PEFT wrote (LoRA,
+    rsLoRA or DoRA, with rank and alpha patterns, whole modules, biases) fits the zoo's models. Layers of different rank
+    are filled up with zeros to the largest, and layers without a change get zero factors; both are the same function,
+    and training leaves the zeros alone.
 
     Args:
         path: the folder.
@@ -101,7 +104,7 @@ def load_adapter(path: str | Path, base: Any, *, check_base: bool = True) -> Any
 
     Raises:
         LoraxError: a file is missing, cut off or malformed; the adapter is for another base (names the first weight
-            that differs); it uses something that lorax has no equal for (DoRA, a changed base): nothing is dropped.
+            that differs); it uses something that lorax has no equal for (a changed base, say): nothing is dropped.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, lorax
@@ -119,9 +122,10 @@ def load_adapter(path: str | Path, base: Any, *, check_base: bool = True) -> Any
 
 def _described(name: str, leaf: Any) -> Entry:
     shape = tuple(leaf.shape) if not (isinstance(leaf, Concat) and None in leaf.parts) else ()
-    if isinstance(leaf, LowRank):
+    if isinstance(leaf, (LowRank, Dora)):
         _concrete(name, leaf.A, leaf.B, leaf.scale)
-        return Entry("low-rank", shape, leaf.axes, np.asarray(leaf.scale, np.float32))
+        dora = isinstance(leaf, Dora)
+        return Entry("low-rank", shape, leaf.axes, np.asarray(leaf.scale, np.float32), dora=dora)
     if isinstance(leaf, Full):
         _concrete(name, leaf.value)
         return Entry("full", shape, _stack_axes(name, len(shape)))
@@ -132,6 +136,12 @@ def _described(name: str, leaf: Any) -> Entry:
     raise LoraxError(
         f"{name}: {type(leaf).__name__} of this kind has no place in an adapter's files; save the whole tree"
     )
+
+
+def _storable(leaf: Any) -> Any:
+    """A kind of change that the format has no words for, as the plain low-rank change that it equals."""
+    plain = leaf.low_rank() if isinstance(leaf, Change) and not isinstance(leaf, LowRank) else None
+    return leaf if plain is None else plain
 
 
 def _stack_axes(name: str, ndim: int) -> Axes:
@@ -147,7 +157,7 @@ def _concrete(name: str, *arrays: Any) -> None:
 
 def _base_of(leaf: Any) -> Any:
     """The frozen array behind a leaf. A weight that trained whole no longer has one."""
-    return leaf.base if isinstance(leaf, LowRank) else None if peft_meta.is_adapted(leaf) else leaf
+    return leaf.base if isinstance(leaf, Change) else None if peft_meta.is_adapted(leaf) else leaf
 
 
 def _is_tied(params: Any) -> bool:

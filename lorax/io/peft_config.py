@@ -25,12 +25,11 @@ from lorax.errors import LoraxError
 # Settings that say nothing about what the stored tensors mean, or that the loader reads itself.
 UNDERSTOOD = frozenset({
     "task_type", "auto_mapping", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
     "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 })  # fmt: skip
 REASONS = {
-    "use_dora": "DoRA also learns a magnitude for each output",
     "fan_in_fan_out": "its base keeps weights as (in, out)",
     "layer_replication": "its base has layers twice",
     "lora_bias": "its factors carry biases",
@@ -126,6 +125,7 @@ class Settings(NamedTuple):
     whole: tuple[str, ...]
     bias: str
     tied: bool
+    dora: bool
     path: Path
 
     def scale(self, module: str, rank: int) -> float:
@@ -172,6 +172,7 @@ def read(path: Path) -> Settings:
         whole=_names(path, raw.get("modules_to_save") or []),
         bias=_choice(path, "bias", raw.get("bias") or "none", ("none", "all", "lora_only")),
         tied=_choice(path, "ensure_weight_tying", raw.get("ensure_weight_tying") or False, (True, False)),
+        dora=_choice(path, "use_dora", raw.get("use_dora") or False, (True, False)),
         path=path,
     )
 

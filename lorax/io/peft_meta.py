@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     axes: the role of each axis; for whole weights only the stack axes count.
     scale: for "low-rank", float32, () or the stack's shape; else None.
     rows: for "pieces", the rows of axis 0 that were trained, as [start, stop) pairs.
+    dora: for "low-rank", whether the columns have lengths of their own.
     """
 
     kind: str
@@ -45,11 +46,14 @@ class Entry(NamedTuple):
     axes: Axes
     scale: np.ndarray | None = None
     rows: tuple[tuple[int, int], ...] = ()
+    dora: bool = False
 
     def as_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"kind": self.kind, "shape": list(self.shape), **vars_of(self.axes)}
         if self.scale is not None:
             out["scale"] = np.asarray(self.scale, np.float64).tolist()
+        if self.dora:
+            out["dora"] = True
         if self.kind == "pieces":
             out["rows"] = [list(pair) for pair in self.rows]
         return out
@@ -200,7 +204,9 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         scale = _scale(value.get("scale"), tuple(shape[a] for a in stack))
         if scale is None:
             raise wrong("its scale is not one number, nor one for each layer")
-        return Entry("low-rank", shape, axes, scale)
+        if not isinstance(value.get("dora", False), bool):
+            raise wrong("dora is true or false")
+        return Entry("low-rank", shape, axes, scale, dora=value.get("dora", False))
     rows = value.get("rows", [])
     if value["kind"] == "pieces":
         pairs = [_sizes(pair) for pair in rows] if isinstance(rows, list) else []

@@ -104,6 +104,11 @@ def factor_names(slot: Slot | None, module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
+def magnitude_name(module: str) -> str:
+    """The name of a matrix's lengths of columns (DoRA) in the file."""
+    return f"{PREFIX}{module}.lora_magnitude_vector"
+
+
 def short(slot: Slot | None, module: str) -> str:
     """The name by which a configuration refers to a module and its sisters in all other layers."""
     return module if slot is None else slot.module.rsplit(".", 1)[-1] if slot.layered else module

@@ -19,11 +19,12 @@ from lorax.io import peft_meta, safetensors
 from lorax.io.peft_config import Settings
 from lorax.io.peft_config import read as read_config
 from lorax.io.peft_meta import Entry
-from lorax.io.peft_names import BY_PATH, HEAD, PREFIX, TABLE, Slot, factor_names, find, modules, slot_of
+from lorax.io.peft_names import BY_PATH, HEAD, PREFIX, TABLE, Slot, factor_names, find, magnitude_name, modules, slot_of
 from lorax.io.stored import StoredTensor
 from lorax.quantized import Quantized
 from lorax.tree import named_leaves
-from lorax.weights import Axes, Concat, Full, LowRank, is_structured
+from lorax.variants.dora import Dora, column_norms
+from lorax.weights import Axes, Concat, Full, LowRank, dense, is_structured
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -95,7 +96,9 @@ def _entries(
             )
         if low_rank:
             ndim = len(shape)
-            out[slot.path] = Entry("low-rank", shape, Axes(stack, (ndim - 2,), (ndim - 1,)))
+            if settings.dora and slot.embedding:
+                raise LoraxError(f"{settings.path}: has DoRA on the embedding; merge the adapter with PEFT first")
+            out[slot.path] = Entry("low-rank", shape, Axes(stack, (ndim - 2,), (ndim - 1,)), dora=settings.dora)
         elif _is_whole(settings, module, param):
             out.setdefault(slot.path, Entry("full", shape, Axes(stack, (), tuple(range(len(stack), len(shape))))))
     _check_meaning(settings, out, plain)
@@ -109,6 +112,9 @@ def _parse(folder: Path, name: str) -> tuple[str, str, bool]:
         for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
             if body.endswith(ending):
                 return body[: -len(ending)], "weight", True
+        # Releases of PEFT differ in the last word.
+        if body.removesuffix(".weight").endswith(".lora_magnitude_vector"):
+            return body.removesuffix(".weight").removesuffix(".lora_magnitude_vector"), "weight", True
         module, _, param = body.rpartition(".")
         if "lora_" not in body and param in ("weight", "bias"):
             return module.removesuffix(".base_layer"), param, False
@@ -163,7 +169,10 @@ class _Reader:
         """The structured leaf of one weight, without its base."""
         slot = slot_of(path, entry.axes.stack)
         if entry.kind == "low-rank":
-            return self._low_rank(path, slot, entry)
+            if entry.dora != self.settings.dora:
+                raise LoraxError(f"{self.file.parent}: {CONFIG} and {peft_meta.FILE} disagree about DoRA at {path}")
+            leaf = self._low_rank(path, slot, entry)
+            return Dora(leaf, jnp.asarray(self._magnitudes(path, entry))) if entry.dora else leaf
         if entry.kind == "full":
             return Full(jnp.asarray(self._whole(path, slot, entry, 0, entry.shape[0] if entry.axes.stack else 1)))
         parts, at = [], 0
@@ -238,6 +247,29 @@ class _Reader:
                 f"features there, and {sizes[0]} to {sizes[1]} here"
             )
         return (second, first) if turned else (first.T, second.T)
+
+    def _magnitudes(self, path: str, entry: Entry) -> np.ndarray:
+        """DoRA's lengths of all matrices; of one that the adapter left alone, the base's own."""
+        stack, outs = (tuple(entry.shape[a] for a in group) for group in (entry.axes.stack, entry.axes.outputs))
+        own: np.ndarray | None = None
+        rows = []
+        for i, module in enumerate(modules(path, entry.axes.stack, stack)):
+            name = magnitude_name(module)
+            name = name if name in self.tensors else f"{name}.weight"
+            if name in self.tensors:
+                rows.append(self._checked(path, name, (math.prod(outs),)))
+                continue
+            if self.exact or factor_names(None, module)[0] in self.tensors:
+                raise LoraxError(
+                    f"{self.file}: lacks {magnitude_name(module)!r}; the adapter is damaged, save it again"
+                )
+            if own is None:
+                base = jnp.asarray(dense(self.plain[path])).astype(jnp.float32)
+                own = np.asarray(column_norms(base, entry.axes)).reshape(-1, math.prod(outs))
+            rows.append(own[i])
+        kinds = {row.dtype for row in rows}
+        dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        return np.stack([row.astype(dtype) for row in rows]).reshape(*stack, *outs)
 
     def _scale(self, path: str, entry: Entry, computed: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
         if entry.scale is None:

@@ -12,7 +12,8 @@ from lorax.errors import LoraxError
 from lorax.io import safetensors
 from lorax.io.peft_config import Module, describe
 from lorax.io.peft_meta import Entry
-from lorax.io.peft_names import BY_PATH, HEAD, PREFIX, Slot, factor_names, modules, short, slot_of
+from lorax.io.peft_names import BY_PATH, HEAD, PREFIX, Slot, factor_names, magnitude_name, modules, short, slot_of
+from lorax.variants.dora import Dora
 from lorax.weights import Full, LowRank
 
 
@@ -26,6 +27,14 @@ class Writer:
         self.whole: list[str] = []
         self.slots: list[Slot | None] = []
         self.biases = False
+        # PEFT has DoRA for all of an adapter's matrices or for none.
+        low_rank = {name: e.dora for name, e in weights.items() if e.kind == "low-rank"}
+        self.dora = any(low_rank.values())
+        mixed = [name for name, dora in low_rank.items() if not dora] if self.dora else []
+        if mixed:
+            raise LoraxError(
+                f"{mixed[0]}: is plain LoRA beside DoRA, and PEFT's format has one for all; save them apart"
+            )
         self._names: dict[str, str] = {}
         self._wholes = {name for name, e in weights.items() if e.kind != "low-rank"}
         # Torch modules that have factors: PEFT moves their own parameters one level down.
@@ -35,7 +44,10 @@ class Writer:
         """All tensors of one weight."""
         slot = slot_of(name, self.weights[name].axes.stack)
         self.slots.append(slot)
-        if isinstance(leaf, LowRank):
+        if isinstance(leaf, Dora):
+            self._factors(name, slot, leaf.weight)
+            self._magnitudes(name, slot, leaf)
+        elif isinstance(leaf, LowRank):
             self._factors(name, slot, leaf)
         elif isinstance(leaf, Full):
             self._whole(name, slot, leaf.value, 0)
@@ -47,6 +59,8 @@ class Writer:
     def config(self, base_name: str | None) -> dict[str, Any]:
         """What `adapter_config.json` holds."""
         more: dict[str, Any] = {"bias": "all"} if self.biases else {}
+        if self.dora:
+            more["use_dora"] = True
         if self.tied and "embed/embedding" in self.weights:
             # The change of the table is also one of the head; PEFT does that only when told.
             more["ensure_weight_tying"] = True
@@ -80,6 +94,17 @@ class Writer:
             for tensor, spec in zip(names, pair, strict=True):
                 self._tensor(name, tensor, *spec)
             self.lora.append(Module(module, short(slot, module), rank, float(scales[i])))
+
+    def _magnitudes(self, name: str, slot: Slot | None, leaf: Dora) -> None:
+        """The lengths of the columns of each matrix."""
+        if slot is not None and slot.embedding:
+            raise LoraxError(f"{name}: DoRA on the embedding has other lengths in PEFT; leave it out of the targets")
+        stack = leaf.A.shape[: len(leaf.axes.stack)]
+        size = math.prod(leaf.magnitude.shape[len(stack) :])
+        for i, module in enumerate(self._modules(name)):
+            at = np.unravel_index(i, stack) if stack else ()
+            make = lambda at=at: np.asarray(leaf.magnitude[at]).reshape(-1)  # noqa: E731
+            self._tensor(name, magnitude_name(module), (size,), leaf.magnitude.dtype, make)
 
     def _whole(self, name: str, slot: Slot | None, value: Any, first: int) -> None:
         """A weight that trained as it is: all of it, or layers `first` and on."""

@@ -28,9 +28,16 @@ def _arrays(values: Any) -> list[Any]:
     return list(values)
 
 
-@control("custom_jvp_call")
+def _check(args: list[Any]) -> None:
+    """A dense dW tells nothing of a mask over the inputs."""
+    if any(isinstance(arg, Factored) and arg.key is not None for arg in args):
+        raise Unsupported("a function with a custom derivative cannot be trained through with dropout")
+
+
+@control("custom_jvp_call", carries=False)
 def custom_jvp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     """The primal is walked; the user's JVP rule is traced on dense shapes and walked too."""
+    _check(args)
     _, jvp = compat.subfuns(eqn)
 
     @jax.custom_jvp
@@ -64,9 +71,10 @@ def _tangent(primal: Any, tangent: Any) -> Any:
     return Factored(inner, primal.a * scale, tangent.b, ones, primal.path)
 
 
-@control("custom_vjp_call")
+@control("custom_vjp_call", carries=False)
 def custom_vjp(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     """The user's forward and backward rules, walked; a dense dW is passed on to base, A and B."""
+    _check(args)
     _, fwd, bwd = compat.subfuns(eqn)
     n_out, n_consts = len(eqn.outvars), eqn.params["num_consts"]
 

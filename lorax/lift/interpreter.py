@@ -7,7 +7,7 @@ from typing import Any
 
 from lorax.errors import LoraxError
 from lorax.lift import compat
-from lorax.lift.values import Unsupported, Value, densify
+from lorax.lift.values import Deferred, Unsupported, Value, densify
 
 Rule = Callable[["Interpreter", Any, list[Any]], list[Any]]
 
@@ -16,6 +16,9 @@ RULES: dict[tuple[str, type], Rule] = {}
 
 # primitive -> rule for those that hold a jaxpr, whatever the class of the structured operands.
 CONTROL: dict[str, Rule] = {}
+
+# Those of them that carry a deferred weight as it is; the others (custom derivatives) look into it.
+CARRIES: set[str] = set()
 
 
 def rule(primitive: str, *classes: type) -> Callable[[Rule], Rule]:
@@ -29,12 +32,17 @@ def rule(primitive: str, *classes: type) -> Callable[[Rule], Rule]:
     return register
 
 
-def control(*primitives: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of primitives that hold a jaxpr."""
+def control(*primitives: str, carries: bool = True) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of primitives that hold a jaxpr.
+
+    carries: a deferred weight passes through as it is.
+    """
 
     def register(function: Rule) -> Rule:
         for primitive in primitives:
             CONTROL[primitive] = function
+        if carries:
+            CARRIES.update(primitives)
         return function
 
     return register
@@ -70,6 +78,9 @@ class Interpreter:
         structured = [arg for arg in args if isinstance(arg, Value)]
         if not structured:
             return compat.bind(eqn, args)
+        if eqn.primitive.name not in CARRIES and any(isinstance(arg, Deferred) for arg in structured):
+            args = [arg.ready() if isinstance(arg, Deferred) else arg for arg in args]
+            structured = [arg for arg in args if isinstance(arg, Value)]
         try:
             return self._by_rule(eqn, list(args), structured)
         except Unsupported as reason:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lorax.dropout import Dropped
+from lorax.lift.deferred import Normed, Shared
 from lorax.lift.packed import Packed
 from lorax.lift.values import Factored, Pieces
 from lorax.quantized import Quantized
-from lorax.weights import Concat, Full, LowRank, inverse_order
+from lorax.variants.dora import Dora, spread
+from lorax.variants.vera import Vera
+from lorax.weights import Axes, Concat, Full, LowRank, inverse_order
 
 
 def open_leaf(leaf: Any, path: str) -> Any:
@@ -22,6 +28,13 @@ def open_leaf(leaf: Any, path: str) -> Any:
         return _open_low_rank(leaf, path)
     if isinstance(leaf, Quantized):
         return Packed.open(leaf, path)
+    if isinstance(leaf, Dora):
+        return Normed(open_leaf(leaf.weight, path), spread(leaf.magnitude, leaf.axes), path)
+    if isinstance(leaf, Vera):
+        return _open_vera(leaf, path)
+    if isinstance(leaf, Dropped):
+        key = _broadcast(leaf.key, leaf.axes, "stack")
+        return replace(open_leaf(leaf.weight, path), key=key, rate=leaf.weight.dropout)
     return leaf
 
 
@@ -39,6 +52,24 @@ def _open_low_rank(leaf: LowRank, path: str) -> Factored:
         a, b = (jax.lax.transpose(x, (*order, len(order))) for x in (a, b))
         scale = jax.lax.transpose(scale, order)
     return Factored(open_leaf(leaf.base, path), a, b, scale, path)
+
+
+def _open_vera(leaf: Vera, path: str) -> Shared:
+    o = len(leaf.axes.outputs)
+    a = _broadcast(leaf.A, leaf.axes, "inputs")
+    b = _broadcast(jax.lax.transpose(leaf.B, (*range(1, 1 + o), 0)), leaf.axes, "outputs")
+    d = _broadcast(leaf.d, leaf.axes, "stack")
+    m = jnp.expand_dims(spread(leaf.b, leaf.axes), len(leaf.axes.order))
+    return Shared(open_leaf(leaf.base, path), a, b, d, m, path)
+
+
+def _broadcast(x: jax.Array, axes: Axes, role: str) -> jax.Array:
+    """An array with the axes of one role, and one more, as one that broadcasts against the weight."""
+    sizes = [len(axes.stack), len(axes.inputs), len(axes.outputs)]
+    at = ("stack", "inputs", "outputs").index(role)
+    x = _with_ones(_with_ones(x, sizes[at], sum(sizes[at + 1 :])), 0, sum(sizes[:at]))
+    order = inverse_order(axes.order)
+    return jax.lax.transpose(x, (*order, len(order))) if order != tuple(range(len(order))) else x
 
 
 def _with_ones(x: jax.Array, at: int, count: int) -> jax.Array:

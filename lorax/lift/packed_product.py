@@ -95,7 +95,7 @@ def fused_product(eqn: Any, args: list[Any]) -> jax.Array | None:
     """x W + s (x A) B in one kernel, where the base is quantised and a kernel serves it; None elsewhere."""
     side = where_structured(args)
     weight = args[side]
-    if not isinstance(weight.base, Packed):
+    if not isinstance(weight.base, Packed) or weight.key is not None:
         return None
     product = as_product(eqn, [weight.base if i == side else arg for i, arg in enumerate(args)])
     if product is None or product.transpose or weight.base.marks:

@@ -7,6 +7,9 @@
 where a factor has size one along every axis that it does not depend on. Transposes, reshapes and slices of W are
 then the same operation on base, a and b, and a matmul reads off the shapes which factor to meet first. An axis
 along which both factors are full is a stacked one.
+
+`Scaled` is a weight times an array that broadcasts against it, its columns' lengths. `Deferred` weights carry what
+others are made of through control flow, so that they are made where they are used, a layer at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lorax.dropout import drop
 from lorax.lift.contract import Labels, arrange, contract
 
 RANK = "rank"
@@ -67,7 +71,7 @@ class Value:
 
 def abstract(x: Any) -> Any:
     """What `make_jaxpr` needs to see of an argument: an array as it is, a structured value as its dense shape."""
-    while isinstance(x, Factored):
+    while isinstance(x, (Factored, Scaled, Deferred)):
         x = x.base
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Value) else x
 
@@ -84,13 +88,18 @@ def densify(x: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Factored(Value):
-    """base + scale * a b, each broadcastable against the weight; `a` and `b` have the rank as an extra last axis."""
+    """base + scale * a b, each broadcastable against the weight; `a` and `b` have the rank as an extra last axis.
+
+    key, rate: while training with dropout, two words (an extra last axis as well) that draw the mask of the inputs.
+    """
 
     base: Any
     a: jax.Array
     b: jax.Array
     scale: jax.Array
     path: str
+    key: Any = None
+    rate: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,17 +159,90 @@ class Factored(Value):
 
     def specs(self, spec: PartitionSpec) -> Any:
         """Each factor is split along the mesh axes of the weight's axes that it has, the rank never."""
-
-        def along(x: jax.Array) -> PartitionSpec:
-            pairs = zip(spec, x.shape, self.shape, strict=False)
-            return PartitionSpec(*(name if size == full else None for name, size, full in pairs))
-
         base = self.base.specs(spec) if isinstance(self.base, Value) else spec
-        return replace(self, base=base, a=along(self.a), b=along(self.b), scale=along(self.scale))
+        return self.each(base, lambda x, extra: _along(spec, x, self.shape))
 
     def each(self, base: Any, function: Any) -> Factored:
-        """A new value from a new base and one function for a, b and scale: `function(array, extra_axes)`."""
-        return replace(self, base=base, a=function(self.a, 1), b=function(self.b, 1), scale=function(self.scale, 0))
+        """A new value from a new base and one function for a, b, scale and key: `function(array, extra_axes)`."""
+        a, b, scale = function(self.a, 1), function(self.b, 1), function(self.scale, 0)
+        key = None if self.key is None else function(self.key, 1)
+        return replace(self, base=base, a=a, b=b, scale=scale, key=key)
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """What the low-rank path sees of an input."""
+        return x if self.key is None else drop(x, self.key, self.rate)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Value):
+    """base * by: a structured weight times an array that has size one along every axis it does not depend on."""
+
+    base: Any
+    by: jax.Array
+    path: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def before_scan(self) -> Scaled:
+        return replace(self, base=self.base.before_scan())
+
+    def before_shards(self) -> Scaled:
+        return replace(self, base=self.base.before_shards())
+
+    def inside_scan(self) -> Scaled:
+        return replace(self, base=self.base.inside_scan())
+
+    def specs(self, spec: PartitionSpec) -> Any:
+        return replace(self, base=self.base.specs(spec), by=_along(spec, self.by, self.shape))
+
+    def each(self, base: Any, function: Any) -> Scaled:
+        """A new value from a new base and a function for the lengths: `function(array, extra_axes)`."""
+        return replace(self, base=base, by=function(self.by, 0))
+
+    def dense(self) -> jax.Array:
+        return (densify(self.base).astype(jnp.float32) * self.by).astype(self.dtype)
+
+
+class Deferred(Value):
+    """A weight that is made of its parts where an operation touches it; control flow carries the parts.
+
+    A subclass has `base` and arrays that broadcast against the weight, as those of `Factored` do.
+    """
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def ready(self) -> Value:
+        """The weight that rules serve."""
+        raise TypeError(f"{type(self).__name__} is never ready")
+
+    def before_scan(self) -> Any:
+        return replace(self, base=self.base.before_scan()) if isinstance(self.base, Value) else self  # pyright: ignore
+
+    def before_shards(self) -> Value:
+        return self.ready().before_shards()
+
+    def dense(self) -> jax.Array:
+        return self.ready().dense()
+
+
+def _along(spec: PartitionSpec, x: jax.Array, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec of an array that broadcasts against a weight of this shape and spec."""
+    pairs = zip(spec, x.shape, shape, strict=False)
+    return PartitionSpec(*(name if size == full else None for name, size, full in pairs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,5 +273,6 @@ class Pieces(Value):
         return jnp.concatenate([densify(part) for part in self.parts], axis=0)
 
 
-jax.tree_util.register_dataclass(Factored, data_fields=["base", "a", "b", "scale"], meta_fields=["path"])
+jax.tree_util.register_dataclass(Factored, data_fields=["base", "a", "b", "scale", "key"], meta_fields=["path", "rate"])
+jax.tree_util.register_dataclass(Scaled, data_fields=["base", "by"], meta_fields=["path"])
 jax.tree_util.register_dataclass(Pieces, data_fields=["parts"], meta_fields=["path"])

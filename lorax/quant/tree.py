@@ -14,7 +14,7 @@ from lorax.lift.roles import axis_uses
 from lorax.paths import Pattern, as_patterns
 from lorax.quantized import Quantized, to_stored
 from lorax.tree import map_named, named_leaves
-from lorax.weights import Axes, LowRank, is_structured
+from lorax.weights import Axes, Change, is_structured
 from lorax.weights import dense as dense_of
 from lorax_kernels import nf4
 
@@ -83,7 +83,7 @@ def quantize(
     def one(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
-        if isinstance(leaf, LowRank):
+        if isinstance(leaf, Change):
             axes = leaf.axes
         else:
             axes = ledger[path].axes(path) if ledger is not None else _by_shape(path, leaf, by_name)
@@ -119,9 +119,9 @@ def quantize_weight(
         axes: the roles of its axes; blocks run along the inputs.
         rows: the weight is looked up by its inputs, so blocks run along the outputs.
     """
-    if isinstance(leaf, LowRank):
+    if isinstance(leaf, Change):
         base = quantize_weight(path, leaf.base, axes, format, double_quant, block_size, rows, platform)
-        return LowRank(base, leaf.A, leaf.B, leaf.scale, leaf.axes)
+        return leaf.with_base(base)
     if is_structured(leaf):
         raise LoraxError(f"{path}: is a {type(leaf).__name__} already; quantise the plain tree")
     stack = len(axes.stack) if axes.stack == tuple(range(len(axes.stack))) else 0
@@ -152,8 +152,8 @@ def dequantize(params: Any) -> Any:
     """
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, LowRank) and isinstance(leaf.base, Quantized):
-            return LowRank(leaf.base.dense(), leaf.A, leaf.B, leaf.scale, leaf.axes)
+        if isinstance(leaf, Change) and isinstance(leaf.base, Quantized):
+            return leaf.with_base(leaf.base.dense())
         return leaf.dense() if isinstance(leaf, Quantized) else leaf
 
     return map_named(one, params)
@@ -178,8 +178,8 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
     losses: dict[str, float] = {}
 
     def one(path: str, leaf: Any) -> Any:
-        if not (isinstance(leaf, LowRank) and isinstance(leaf.base, Quantized)):
-            return leaf.dense() if isinstance(leaf, LowRank) else leaf
+        if not (isinstance(leaf, Change) and isinstance(leaf.base, Quantized)):
+            return leaf.dense() if isinstance(leaf, Change) else leaf
         old = leaf.base
         merged = dense_of(leaf).astype(jnp.float32)
         stack = len(old.array.stack)

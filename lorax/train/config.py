@@ -42,6 +42,14 @@ class TrainConfig:
     """Weights that get factors: globs over paths such as layers/attn/q_proj/kernel, or all-linear."""
     scaling: Literal["lora", "rslora"] = "lora"
     """How alpha becomes the scale."""
+    variant: Literal["lora", "dora", "lora-fa", "vera"] = "lora"
+    """Kind of change: low-rank; lengths and directions apart (dora); A frozen (lora-fa); shared factors (vera)."""
+    init: Literal["gaussian", "uniform", "pissa", "pissa-fast", "milora", "milora-fast", "olora", "eva"] = "gaussian"
+    """How the factors start: at random, in the weight (pissa, milora, olora), or in the data's activations (eva)."""
+    dropout: float = 0.0
+    """Probability of dropping an input of the low-rank path."""
+    lora_plus: float = 1.0
+    """LoRA+: the learning rate of B over that of A; 16 is the paper's."""
     quant: Literal["nf4", "fp4", "int8", "bf16"] = "nf4"
     """Format of the base with --method qlora."""
     double_quant: bool = True
@@ -107,7 +115,7 @@ class TrainConfig:
                 raise LoraxError(f"{name} is {value}: must be at least {least}")
             if value is not None and value > _AT_MOST:
                 raise LoraxError(f"{name} is {value}: must be at most {_AT_MOST}")
-        for name in ("lr", "alpha", "epochs"):
+        for name in ("lr", "alpha", "epochs", "lora_plus"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise LoraxError(f"{name} is {getattr(self, name)}: must be above 0")
         if self.method not in ADAPTERS and self.dtype != "float32":
@@ -115,12 +123,33 @@ class TrainConfig:
                 f"--dtype {self.dtype}: --method {self.method} would train weights of that dtype, which swallow small "
                 "steps; leave it out, or train factors with --method lora or qlora"
             )
+        self._check_variant()
         if self.loftq and self.method != "qlora":
             raise LoraxError(f"--loftq {self.loftq}: makes up for quantisation, and --method {self.method} has none")
         if self.loftq and self.quant not in ("nf4", "fp4"):
             raise LoraxError(f"--loftq {self.loftq}: its base is kept in 4 bits; use --quant nf4 or fp4")
         if not self.targets:
             raise LoraxError('targets is empty: give at least one pattern, for instance "all-linear"')
+
+    def _check_variant(self) -> None:
+        """Settings of the low-rank change that nothing would heed, or that contradict each other."""
+        if not 0 <= self.dropout < 1:
+            raise LoraxError(f"dropout is {self.dropout}: must be a probability below 1")
+        for name, plain in (("variant", "lora"), ("init", "gaussian"), ("dropout", 0.0), ("lora_plus", 1.0)):
+            value = getattr(self, name)
+            if value != plain and self.method not in ADAPTERS:
+                raise LoraxError(f"--{name.replace('_', '-')} {value}: --method {self.method} has no low-rank change")
+        if self.variant == "vera" and self.init != "gaussian":
+            raise LoraxError(f"--init {self.init}: --variant vera has its own start")
+        if self.loftq and (self.init != "gaussian" or self.variant != "lora"):
+            raise LoraxError(f"--loftq {self.loftq}: starts plain factors its own way; leave --init and --variant out")
+        if self.moves_base and self.method == "qlora":
+            raise LoraxError(f"--init {self.init}: takes its factors out of the weights, and a quantised base has none")
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the factors start in the weights, and the base is what is left."""
+        return self.init not in ("gaussian", "uniform", "eva")
 
     @property
     def quantised(self) -> QuantSpec | None:

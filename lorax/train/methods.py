@@ -16,20 +16,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
-from lorax import LoraSpec, adapt
+from lorax import LoraSpec, LoraxError, adapt
 from lorax.quant import loftq
 from lorax.train.config import TrainConfig
 from lorax.tree import train_last
 
+# Tokens whose activations EVA looks at: a few for each direction that it may take.
+EVA_TOKENS = 4096
 
-def adapted(model: Any, config: TrainConfig) -> tuple[Any, PyTree]:
+
+def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -> tuple[Any, PyTree]:
     """The model and its parameters with the leaves that `config.method` lets train.
 
     Args:
         model: a zoo model (`.params`, `.config`, `.apply`); for `qlora` loaded with `config.quantised`.
-        config: the run; `method`, `targets`, `rank`, `alpha`, `scaling`, `last_k` and `seed` are read.
+        config: the run; `method`, `targets`, `rank`, `alpha`, `scaling`, `variant`, `init`, `dropout`, `last_k` and
+            `seed` are read.
+        tokens: training text for `--init eva`, int32, one after another.
 
     Returns:
         The model (with an untied head for `head`) and the tree with structured leaves. It computes what the
@@ -47,7 +53,19 @@ def adapted(model: Any, config: TrainConfig) -> tuple[Any, PyTree]:
     if config.method == "qlora" and config.loftq:
         quant = (config.quant, config.double_quant, config.quant_block, config.loftq)
         return model, loftq(model.params, spec_for(config), *quant, fn=model.apply, args=(example,))
+    if config.init == "eva":
+        # Features only: the logits of a batch would take more memory than all the rest.
+        return model, adapt(key, model.params, spec_for(config), fn=model.hidden, args=(_rows(tokens, config.seq_len),))
     return model, adapt(key, model.params, spec_for(config), fn=model.apply, args=(example,))
+
+
+def _rows(tokens: np.ndarray | None, length: int) -> jax.Array:
+    """A few full rows of text. No padding, whose activations are nobody's."""
+    have = np.zeros(0, np.int32) if tokens is None else tokens[:EVA_TOKENS]
+    if not have.size:
+        raise LoraxError("--init eva reads activations of the training text, and there is none")
+    length = min(length, have.size)
+    return jnp.asarray(have[: have.size // length * length].reshape(-1, length).astype(np.int32))
 
 
 def spec_for(config: TrainConfig) -> LoraSpec:
@@ -57,7 +75,15 @@ def spec_for(config: TrainConfig) -> LoraSpec:
     if config.method == "head":
         return LoraSpec(targets=(), train_also="lm_head/*")
     targets = config.targets[0] if len(config.targets) == 1 else config.targets
-    return LoraSpec(targets=targets, rank=config.rank, alpha=config.alpha, scaling=config.scaling)
+    return LoraSpec(
+        targets=targets,
+        rank=config.rank,
+        alpha=config.alpha,
+        scaling=config.scaling,
+        variant=config.variant,
+        init=config.init,
+        dropout=config.dropout,
+    )
 
 
 def untied(model: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from lorax import join, lift
+from lorax import dropout, join, lift, lora_plus
 from lorax.optim import adamw8bit
 from lorax.train.config import TrainConfig
 from lorax.train.loss import CHUNK, cross_entropy
@@ -37,17 +37,19 @@ def language_model_loss(model: Any, *, head_trains: bool, chunk: int = CHUNK, gr
         )
 
     lifted = lift(forward)
-    return lambda trainable, frozen, batch, key: lifted(join(trainable, frozen), batch)
+    # A tree whose rates are all zero comes back as it is.
+    return lambda trainable, frozen, batch, key: lifted(dropout(join(trainable, frozen), key), batch)
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> tuple[optax.GradientTransformation, Schedule]:
     """AdamW behind a clip of the global norm, and its schedule.
 
     Args:
-        config: `optimizer`, `lr`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
+        config: `optimizer`, `lr`, `lora_plus`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
         steps: optimizer steps of the whole run.
     """
     rate = learning_rate(config.lr, steps, warmup=config.warmup, shape=config.schedule)
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip > 0 else []
     adamw = adamw8bit if config.optimizer == "adamw8bit" else optax.adamw
-    return optax.chain(*clip, adamw(rate, weight_decay=config.weight_decay)), rate
+    tx = optax.chain(*clip, adamw(rate, weight_decay=config.weight_decay))
+    return (tx if config.lora_plus == 1.0 else lora_plus(tx, config.lora_plus)), rate

@@ -16,7 +16,7 @@ from lorax.train.dataset import Dataset
 from lorax.train.receipts import Receipt
 from lorax.train.step import State
 from lorax.tree import map_named, named_leaves
-from lorax.weights import LowRank
+from lorax.weights import Change
 
 
 def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> Path:
@@ -40,7 +40,7 @@ def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> P
 
 def base_of(params: PyTree) -> PyTree:
     """An adapted tree without its low-rank changes."""
-    return map_named(lambda _, leaf: leaf.base if isinstance(leaf, LowRank) else leaf, params)
+    return map_named(lambda _, leaf: leaf.base if isinstance(leaf, Change) else leaf, params)
 
 
 def base_figures(params: PyTree) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from lorax import join, split
+from lorax import extract, join, rebase, split
 from lorax.data import TrainStream
 from lorax.errors import LoraxError
 from lorax.io import atomic
@@ -96,7 +96,7 @@ def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
     """Load the base and the data, and write the record; the same data is required of a resumed run."""
     base = load(config.base, jnp.dtype(config.dtype), config.remat, config.quantised)
     data = prepare(config, base.tokenizer, show.say)
-    model, params = methods.adapted(base, config)
+    model, params = methods.adapted(base, config, data.train.ids)
     stream = data.stream(config)
     per_epoch = stream.batches_per_epoch / config.accumulate
     steps = config.steps or max(1, round(config.epochs * per_epoch))
@@ -171,6 +171,7 @@ class _Run:
         """The state to start from: fresh, or the newest whole checkpoint with its data position."""
         config = self.config
         trainable, self.frozen = split(self.params)
+        self.start = extract(self.params) if config.moves_base else None
         state = init_state(trainable, self.optimizer, config.seed)
         self.params = None  # the state has its own copy of what trains; the first one can go
         head_trains = methods.head_trains(trainable, self.model.config)
@@ -244,6 +245,9 @@ class _Run:
     def _finish(self, state: State) -> dict[str, Any]:
         receipts = coverage(state)
         params = join(state.trainable, self.frozen)
+        if self.start is not None:
+            # The base that was trained over is nobody else's: what is saved goes over the one with the name.
+            params = rebase(params, self.start, load(self.config.base, jnp.dtype(self.config.dtype)).params)
         saved = save_result(self.out, self.model, params, self.config)
         plot_loss(self.out / "loss.png", self.log.rows, self.evals, f"{self.config.method} on {self.data.name}")
         report = build_report(

@@ -71,6 +71,7 @@ ZOO = {
     "rank 1": {"rank": 1, "targets": "*/q_proj/kernel"},
     "untied head": {"tied": False, "targets": ("lm_head/*", "*/down_proj/*")},
     "embedding": {"targets": ("embed/*", "*/o_proj/kernel")},
+    "DoRA": {"variant": "dora", "targets": ("*/q_proj/kernel", "*/up_proj/kernel")},
     "ranks and alphas": {
         "rank": {"*/q_proj/*": 2, "*/v_proj/*": 4, "*": 3},
         "alpha": {"*/q_proj/*": 5.0, "*": 8.0},
@@ -234,7 +235,7 @@ def changed(saved, tmp_path, notes=True, **settings):
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True}, "use_dora=True is not served: DoRA"),
+    "DoRA that is none": ({"use_dora": True}, "disagree about DoRA at"),
     "other methods": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     "unknown settings": ({"use_marvel": {"x": 1}}, "use_marvel=.* is not served"),
     "changed bases": ({"init_lora_weights": "pissa"}, "changes the base weights"),
@@ -253,6 +254,34 @@ def test_settings_that_change_the_meaning_are_refused(settings, message, saved, 
     model, copy = changed(saved, tmp_path, **settings)
     with pytest.raises(LoraxError, match=message):
         load_adapter(copy, model.params)
+
+
+def test_dora_without_a_length_and_beside_lora_is_refused(tmp_path):
+    model, params = zoo_adapter(variant="dora", targets="*/q_proj/kernel")
+    save_adapter(tmp_path / "a", params)
+    tensors = {name: t.array().copy() for name, t in safetensors.read(tmp_path / "a" / WEIGHTS).items()}
+    lengths = [name for name in tensors if name.endswith("lora_magnitude_vector")]
+    assert [tensors[name].shape for name in lengths] == 3 * [(12,)]
+    assert json.loads((tmp_path / "a" / CONFIG).read_text())["use_dora"] is True
+    (tmp_path / "a" / NOTES).unlink()
+    safetensors.write_arrays(tmp_path / "a" / WEIGHTS, {n: t for n, t in tensors.items() if n != lengths[1]})
+    with pytest.raises(LoraxError, match=r"lacks .*lora_magnitude_vector"):
+        load_adapter(tmp_path / "a", model.params)
+    plain = zoo_adapter(targets="*/v_proj/kernel")[1]["layers"]["attn"]["v_proj"]
+    mixed = {**params, "layers": {**params["layers"], "attn": {**params["layers"]["attn"], "v_proj": plain}}}
+    with pytest.raises(LoraxError, match="is plain LoRA beside DoRA"):
+        save_adapter(tmp_path / "b", mixed)
+
+
+def test_variants_without_a_format_are_stored_as_the_lora_that_they_equal(tmp_path):
+    base = generic()
+    params = moved(lorax.adapt(jax.random.key(0), base, lorax.LoraSpec(targets="dense/kernel", rank=2, variant="vera")))
+    save_adapter(tmp_path / "a", params)
+    back = load_adapter(tmp_path / "a", base)
+    assert type(back["dense"]["kernel"]) is LowRank
+    np.testing.assert_allclose(
+        lorax.merge(back)["dense"]["kernel"], lorax.merge(params)["dense"]["kernel"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_tensor_that_nobody_takes_is_refused(saved, tmp_path):

@@ -6,8 +6,9 @@ shapes       transpose, reshape, slices, broadcasts: a weight in, a weight out
 elementwise  casts, copies, constants, constraints: a weight in, a weight out
 pieces       weights cut along axis 0
 packed       quantised weights
+scaled       weights times the lengths of their columns
 """
 
-from lorax.lift.rules import elementwise, lookups, packed, pieces, products, shapes
+from lorax.lift.rules import elementwise, lookups, packed, pieces, products, scaled, shapes
 
-__all__ = ["elementwise", "lookups", "packed", "pieces", "products", "shapes"]
+__all__ = ["elementwise", "lookups", "packed", "pieces", "products", "scaled", "shapes"]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from lorax.lift import compat
 from lorax.lift.interpreter import Interpreter, control, rule, where_structured
-from lorax.lift.values import Factored, Pieces, Unsupported, Value
+from lorax.lift.values import Factored, Pieces, Scaled, Unsupported, Value
 
 
-@rule("convert_element_type", Factored)
+@rule("convert_element_type", Factored, Scaled)
 def convert(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     """A cast of the weight casts the base. The factors keep their width and are cast where they are used."""
     (weight,) = args
@@ -31,7 +31,7 @@ def _on_base(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 for _name in ("copy", "copy_p", "sharding_constraint", "name", "mesh_cast", "reshard"):
-    rule(_name, Factored)(_on_base)
+    rule(_name, Factored, Scaled)(_on_base)
 
 
 def _on_all(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
@@ -42,7 +42,7 @@ def _on_all(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 for _name in ("stop_gradient", "pvary"):
-    rule(_name, Factored)(_on_all)
+    rule(_name, Factored, Scaled)(_on_all)
 
 
 @rule("neg", Factored)
@@ -79,6 +79,17 @@ def _weight_and_constant(args: list[Any]) -> tuple[Factored, Any]:
 
 def _as_scale(constant: Any, weight: Factored) -> jax.Array:
     return jnp.asarray(constant).astype(weight.scale.dtype)
+
+
+def _scaled(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
+    """A constant times base * by: the base takes it."""
+    weight = args[where_structured(args)]
+    (base,) = interp.bind(eqn, [weight.base if arg is weight else arg for arg in args])
+    return [replace(weight, base=base)]
+
+
+for _name in ("neg", "mul", "div"):
+    rule(_name, Scaled)(_scaled)
 
 
 @control("optimization_barrier")

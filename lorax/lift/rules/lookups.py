@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.lift.interpreter import Interpreter, rule, where_structured
-from lorax.lift.values import Factored, Unsupported, densify
+from lorax.lift.values import Factored, Unsupported, Value, densify
 
 
 @rule("gather", Factored)
@@ -23,15 +23,16 @@ def gather(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     params = eqn.params
     numbers = params["dimension_numbers"]
     indexed = tuple(numbers.start_index_map)
-    _check_whole_rows(weight, numbers, params["slice_sizes"])
+    check_whole_rows(weight, numbers, params["slice_sizes"])
     (base,) = interp.bind(eqn, [weight.base, indices])
-    out = weight.each(base, lambda x, extra: _gather_factor(weight, x, indices, params, extra))
+    out = weight.each(base, lambda x, extra: gather_factor(weight, x, indices, params, extra))
     if all(weight.is_stacked(axis) for axis in indexed):
         return [out]
     return [densify(out.base) + out.delta().astype(out.dtype)]
 
 
-def _check_whole_rows(weight: Factored, numbers: Any, sizes: Any) -> None:
+def check_whole_rows(weight: Value, numbers: Any, sizes: Any) -> None:
+    """Refuse a lookup of anything but whole rows."""
     if numbers.operand_batching_dims:
         raise Unsupported("a gather with batching dimensions is not served")
     indexed = set(numbers.start_index_map)
@@ -45,7 +46,8 @@ def _check_whole_rows(weight: Factored, numbers: Any, sizes: Any) -> None:
         raise Unsupported("only whole rows can be gathered")
 
 
-def _gather_factor(weight: Factored, x: jax.Array, indices: jax.Array, params: Any, extra: int) -> jax.Array:
+def gather_factor(weight: Value, x: jax.Array, indices: jax.Array, params: Any, extra: int) -> jax.Array:
+    """The rows that a lookup takes of one array that broadcasts against the weight."""
     numbers = params["dimension_numbers"]
     indexed = tuple(numbers.start_index_map)
     full = [x.shape[axis] == weight.shape[axis] for axis in indexed]

@@ -36,12 +36,12 @@ def dot_general(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     side = where_structured(args)
     weight, x = args[side], args[1 - side]
     summed, batched = eqn.params["dimension_numbers"]
-    w_labels, x_labels, out_labels = _dot_labels(weight.ndim, x.ndim, summed, batched, side)
+    w_labels, x_labels, out_labels = dot_labels(weight.ndim, x.ndim, summed, batched, side)
     delta = low_rank_product(x, x_labels, weight, w_labels, out_labels, eqn.params["precision"], weight_first=side == 0)
     return [jax.lax.add(out, cast(delta, out.dtype))]
 
 
-def _dot_labels(w_ndim: int, x_ndim: int, summed: Any, batched: Any, side: int) -> tuple[Any, Any, Any]:
+def dot_labels(w_ndim: int, x_ndim: int, summed: Any, batched: Any, side: int) -> tuple[Any, Any, Any]:
     """Labels of the weight (its axis numbers), of x (shared ones, else its own) and of the output in order."""
     w_axes, x_axes = summed[side] + batched[side], summed[1 - side] + batched[1 - side]
     w_labels = tuple(range(w_ndim))
@@ -71,7 +71,7 @@ def low_rank_product(
     first, second = _order(weight, [axis for axis in w_labels if axis not in keep])
     h_factor, h_factor_labels = weight.factor(first, w_labels)
     y_factor, y_factor_labels = weight.factor(second, w_labels)
-    x, x_labels = _sum_absent(x, x_labels, (*h_factor_labels, *y_factor_labels), keep)
+    x, x_labels = _sum_absent(weight.dropped(x), x_labels, (*h_factor_labels, *y_factor_labels), keep)
     h, h_labels = contract(x, x_labels, h_factor, h_factor_labels, keep | {RANK}, precision, _accumulator(x.dtype))
     h = cast(weight.scaled(h, h_labels, w_labels), weight.dtype)
     if weight_first:
@@ -129,7 +129,7 @@ def ragged_dot(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     b = jnp.moveaxis(weight.b, -1, 1).reshape(-1, rank, n) * weight.scale.reshape(-1, 1, 1)
     b = jnp.broadcast_to(b, (experts, rank, n)).astype(weight.dtype)
     precision = eqn.params["precision"]
-    h = jax.lax.ragged_dot(x, a, groups, precision=precision)
+    h = jax.lax.ragged_dot(weight.dropped(x), a, groups, precision=precision)
     return [out + jax.lax.ragged_dot(h, b, groups, precision=precision).astype(out.dtype)]
 
 
@@ -149,7 +149,7 @@ def convolution(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     a = jnp.moveaxis(jnp.squeeze(weight.a, out_axis), -1, out_axis).astype(weight.dtype)
     a = jnp.concatenate([a] * groups, axis=out_axis) if groups > 1 else a
     params = {k: v for k, v in eqn.params.items() if k not in ("out_sharding", "preferred_element_type")}
-    h = jax.lax.conv_general_dilated(x, a, **_conv_params(params))
+    h = jax.lax.conv_general_dilated(weight.dropped(x), a, **_conv_params(params))
     # B: a 1x1 kernel, the rank in the place of the input channels.
     in_axis = numbers.rhs_spec[1]
     b = jnp.moveaxis(weight.b * weight.scale[..., None], -1, in_axis)

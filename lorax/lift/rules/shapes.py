@@ -1,16 +1,18 @@
-"""A weight in, a weight out: what moves, cuts or repeats axes does the same to the base and to both factors."""
+"""A weight in, a weight out: what moves, cuts or repeats axes does the same to the base and to all that broadcasts
+against it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lorax.lift.interpreter import Interpreter, rule, where_structured
-from lorax.lift.values import Factored, Unsupported
+from lorax.lift.values import Factored, Scaled, Unsupported
 
 
 def _moved(function: Callable[[Any, Factored, jax.Array, int], jax.Array]) -> Callable[..., list[Any]]:
@@ -31,19 +33,19 @@ def _rank_axis(x: jax.Array, extra: int) -> tuple[int, ...]:
     return (x.ndim - 1,) if extra else ()
 
 
-@rule("transpose", Factored)
+@rule("transpose", Factored, Scaled)
 @_moved
 def transpose(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array:
     return jnp.transpose(x, (*params["permutation"], *_rank_axis(x, extra)))
 
 
-@rule("squeeze", Factored)
+@rule("squeeze", Factored, Scaled)
 @_moved
 def squeeze(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array:
     return jax.lax.squeeze(x, params["dimensions"])
 
 
-@rule("broadcast_in_dim", Factored)
+@rule("broadcast_in_dim", Factored, Scaled)
 @_moved
 def broadcast_in_dim(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array:
     """New axes have size one in a factor: it does not depend on them."""
@@ -54,7 +56,7 @@ def broadcast_in_dim(params: Any, weight: Factored, x: jax.Array, extra: int) ->
     return x.reshape(*shape, *(x.shape[-1:] if extra else ()))
 
 
-@rule("slice", Factored)
+@rule("slice", Factored, Scaled)
 @_moved
 def slice_(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array:
     strides = params["strides"] or (1,) * weight.ndim
@@ -68,7 +70,7 @@ def slice_(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array
     return jax.lax.slice(x, (*start, *[0] * extra), (*limit, *tail), (*stride, *[1] * extra))
 
 
-@rule("dynamic_slice", Factored)
+@rule("dynamic_slice", Factored, Scaled)
 def dynamic_slice(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     if where_structured(args) != 0:
         raise Unsupported("a structured weight cannot be an index")
@@ -86,7 +88,7 @@ def dynamic_slice(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     return [weight.each(base, cut)]
 
 
-@rule("split", Factored)
+@rule("split", Factored, Scaled)
 def split(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     (weight,) = args
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
@@ -98,7 +100,7 @@ def split(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     return outs
 
 
-@rule("unstack", Factored)
+@rule("unstack", Factored, Scaled)
 def unstack(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     (weight,) = args
     axis = eqn.params["axis"]
@@ -117,7 +119,7 @@ def _cut_at(weight: Factored, axis: int, start: int, size: int) -> Callable[[jax
     return cut
 
 
-@rule("reshape", Factored)
+@rule("reshape", Factored, Scaled)
 def reshape(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     (weight,) = args
     if eqn.params["dimensions"] is not None:
@@ -139,7 +141,7 @@ def reshape(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     # The factors first: a reshape that they cannot follow is refused before anything is computed.
     refitted = weight.each(weight.base, refit)
     (base,) = interp.bind(eqn, [weight.base])
-    return [Factored(base, refitted.a, refitted.b, refitted.scale, weight.path)]
+    return [replace(refitted, base=base)]
 
 
 def axis_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
