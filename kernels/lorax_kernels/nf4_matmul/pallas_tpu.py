@@ -85,11 +85,15 @@ def dequantize(
     _check("nf4_dequantise", 1, k, n, dtype, 0, chip, words, scales)
     dtype = jnp.dtype(dtype)
     kp, np_ = padded(k, n)
-    rows = GROUP_ROWS
-    columns = next(lane * LANES for lane in (8, 7, 6, 5, 4, 3, 2, 1) if np_ % (lane * LANES) == 0)
+    groups = kp // GROUP_ROWS
+    rows = GROUP_ROWS * next(some for some in (8, 7, 6, 5, 4, 3, 2, 1) if groups % some == 0)
+    # In one tile of columns the halves of a bf16 tile follow each other, and a register of pairs is stored at once.
+    columns = LANES
+    # The interpreter has no refs of another type: there the same values are stored as bf16.
+    in_pairs = dtype == jnp.bfloat16 and not interpret
 
     def body(table: Any, words: Any, scales: Any, out: Any) -> None:
-        dequantise_block(words, scales, table, out, chip, columns)
+        dequantise_block(words, scales, table, out.bitcast(jnp.int32) if in_pairs else out, chip, columns)
 
     return pl.pallas_call(
         body,
@@ -98,7 +102,7 @@ def dequantize(
         in_specs=[
             pl.BlockSpec((16, LANES), lambda i, j: (0, 0)),
             pl.BlockSpec((rows // 8, columns), lambda i, j: (i, j)),
-            pl.BlockSpec((1, 8, columns), lambda i, j: (i, 0, j)),
+            pl.BlockSpec((rows // GROUP_ROWS, 8, columns), lambda i, j: (i, 0, j)),
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),

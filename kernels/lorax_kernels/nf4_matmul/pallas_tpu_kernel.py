@@ -4,10 +4,11 @@
 
 Steps go through the grid (chunk of rows, part of C, block of F, block of rows). What is kept between steps:
 
-    x_buffer[slot, m]   the rows of x for this part of C, copied from HBM while the previous part is multiplied
-    w                   the dequantised block of W, made when m == 0
-    partial[f, m]       the sum over the parts of C so far, where there are several
-    h[m]                x A of the chunk, made when f == 0
+    arriving[slot]  rows of x for this part of C, copied from HBM while those before are multiplied
+    pairs[m]        where the plan says so, the same rows as int32 pairs, made when f == 0
+    w               the dequantised block of W, made when m == 0
+    partial[f, m]   the sum over the parts of C so far, where there are several
+    h[m]            x A of the chunk, made when f == 0
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def product(
     x: [plan.rows, plan.contracted]. lora: its factors in x's dtype, padded like W, as they multiply W's own axes: a
     [K, r], b [r, N]; and scale float32 [1, 1]. width: the columns of y, at most plan.free.
     """
-    chunks, steps, blocks, inner = plan.grid
+    _, steps, blocks, inner = plan.grid
     last = steps - 1
     out_shape = [jax.ShapeDtypeStruct((plan.rows, width), x.dtype)]
     # Partial sums stay in VMEM: until the last part of C the block of y does not move, and so is not written.
@@ -58,13 +59,14 @@ def product(
         pl.BlockSpec((w_rows // 8, w_columns), w_index),
         pl.BlockSpec((-(-w_rows // GROUP_ROWS), 8, w_columns), lambda i, c, f, m: (*_first(w_index(i, c, f, m)),)),
     ]
-    slots = 1 if chunks * steps == 1 else 2
     wide = x.dtype == jnp.float32
     scratch = {
-        "x_buffer": pltpu.VMEM((slots, inner, plan.bm, plan.bc), x.dtype),
-        "arrived": pltpu.SemaphoreType.DMA((slots, inner)),
+        "arriving": pltpu.VMEM((plan.slots, plan.held, plan.bm, plan.bc), x.dtype),
+        "arrived": pltpu.SemaphoreType.DMA((plan.slots, plan.held)),
         "w": pltpu.VMEM((w_rows, w_columns), jnp.float32) if wide else pltpu.VMEM((w_rows // 2, w_columns), jnp.int32),
     }
+    if plan.paired:
+        scratch["pairs"] = pltpu.VMEM((inner, plan.bm // 2, plan.bc), jnp.int32)
     if steps > 1:
         scratch["partial"] = pltpu.VMEM((blocks, inner, plan.bm, plan.bf), jnp.float32)
     operands = [codebook(chip, x.dtype), x, words, scales]
@@ -129,12 +131,13 @@ def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, A
     steps = plan.grid[1]
     i, c, f, m = (pl.program_id(axis) for axis in range(4))
     part = i * steps + c
-    buffer = scratch["x_buffer"]
-    slot = part & (buffer.shape[0] - 1)
+    arriving = scratch["arriving"]
 
     @pl.when(f == 0)
     def _() -> None:
-        _bring(plan, part, m, x, buffer, scratch["arrived"])
+        _bring(plan, part, m, x, arriving, scratch["arrived"])
+        if plan.paired:
+            _pair(arriving.at[(part * plan.grid[3] + m) & (plan.slots - 1), 0], scratch["pairs"].at[m])
 
     @pl.when(m == 0)
     def _() -> None:
@@ -142,13 +145,15 @@ def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, A
 
     dtype = x.dtype
     dot = _dot(plan.transposed, dtype)
+    slot = part & (plan.slots - 1)
+    rows = lambda: pltpu.bitcast(scratch["pairs"][m], dtype) if plan.paired else arriving[slot, m]  # noqa: E731
     if plan.rank:
         first, _, scale = inputs[4:]
         h = scratch["h"]
 
         @pl.when(f == 0)
         def _() -> None:
-            found = dot(buffer[slot, m], first[...])
+            found = dot(rows(), first[...])
             h[m] = found if steps == 1 else jnp.where(c == 0, 0.0, h[m]) + found
 
         @pl.when((f == 0) & (c == steps - 1))
@@ -161,7 +166,7 @@ def _body(plan: Plan, chip: str, inputs: Any, outputs: Any, scratch: dict[str, A
     @pl.loop(0, plan.bf // tile)
     def _(index: Any) -> None:
         start = pl.multiple_of(index * tile, tile)
-        y = dot(buffer[slot, m], _weights(plan, scratch["w"], start, tile, dtype))
+        y = dot(rows(), _weights(plan, scratch["w"], start, tile, dtype))
 
         def finish(total: jax.Array) -> None:
             if plan.rank:
@@ -191,33 +196,47 @@ def _weights(plan: Plan, w: Any, start: Any, tile: int, dtype: Any) -> jax.Array
     return part if dtype == jnp.float32 else pltpu.bitcast(part, dtype)
 
 
-def _bring(plan: Plan, part: Any, m: Any, x: Any, buffer: Any, arrived: Any) -> None:
-    """Wait for block m of this part of x; with the first one, start the copies of the next part."""
-    chunks, steps, inner = plan.grid[0], plan.grid[1], plan.grid[3]
-    slots = buffer.shape[0]
+def _bring(plan: Plan, part: Any, m: Any, x: Any, arriving: Any, arrived: Any) -> None:
+    """Wait for block m of this part of x; with the first one of a slot, fill the next slot."""
+    steps, inner = plan.grid[1], plan.grid[3]
+    # A slot holds a part, or one block where pairs hold the part.
+    fills, index = (part, m) if plan.held == inner else (part * inner + m, jnp.int32(0))
+    blocks = 1 if plan.held == inner else inner
 
-    def copy(part: Any, block: Any) -> Any:
+    def copy(fills: Any, index: Any) -> Any:
+        part = lax.div(fills, jnp.int32(blocks))
+        m = lax.rem(fills, jnp.int32(blocks)) + index
         i, c = lax.div(part, jnp.int32(steps)), lax.rem(part, jnp.int32(steps))
-        source = x.at[pl.ds((i * inner + block) * plan.bm, plan.bm), pl.ds(c * plan.bc, plan.bc)]
-        slot = part & (slots - 1)
-        return pltpu.make_async_copy(source, buffer.at[slot, block], arrived.at[slot, block])
+        source = x.at[pl.ds((i * inner + m) * plan.bm, plan.bm), pl.ds(c * plan.bc, plan.bc)]
+        where = fills & (plan.slots - 1), index
+        return pltpu.make_async_copy(source, arriving.at[where], arrived.at[where])
 
-    def start(part: Any) -> None:
-        @pl.loop(0, inner)
-        def _(block: Any) -> None:
-            copy(part, block).start()
+    def fill(fills: Any) -> None:
+        @pl.loop(0, plan.held)
+        def _(index: Any) -> None:
+            copy(fills, index).start()
 
-    @pl.when((m == 0) & (part == 0))
+    @pl.when((index == 0) & (fills == 0))
     def _() -> None:
-        start(part)
+        fill(fills)
 
-    if slots > 1:
+    if plan.slots > 1:
 
-        @pl.when((m == 0) & (part + 1 < chunks * steps))
+        @pl.when((index == 0) & (fills + 1 < plan.rows // plan.bm * steps // plan.held))
         def _() -> None:
-            start(part + 1)
+            fill(fills + 1)
 
-    copy(part, m).wait()
+    copy(fills, index).wait()
+
+
+def _pair(rows: Any, pairs: Any) -> None:
+    """bf16 rows to int32 pairs of them."""
+    step = 32 if rows.shape[0] % 32 == 0 else 16
+
+    @pl.loop(0, rows.shape[0] // step)
+    def _(index: Any) -> None:
+        values = rows[pl.ds(pl.multiple_of(index * step, step), step), :]
+        pairs[pl.ds(pl.multiple_of(index * (step // 2), step // 2), step // 2), :] = pltpu.bitcast(values, jnp.int32)
 
 
 def _dot(transposed: bool, dtype: Any) -> Any:

@@ -13,6 +13,8 @@ Which lookup is cheapest depends on the generation, so the chip is named when a 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +31,9 @@ GATHER_16 = ("v6e", "tpu7x")
 GATHER_32 = ("v5e", "v5p")
 CHIPS = GATHER_32 + GATHER_16
 _BLOCKS = GROUP_ROWS // BLOCK
+_WORDS = GROUP_ROWS // 8
+# Columns that one program text dequantises: fewer pay more for the ends of the loop, more spill.
+_COLUMNS = 512
 
 
 def codebook(chip: str, dtype: Any) -> jax.Array:
@@ -48,40 +53,64 @@ def dequantise_block(words: Any, scales: Any, table: Any, out: Any, chip: str, c
         scales: ref float32 (groups, 8, columns).
         table: ref float32 (16, 128), from `codebook`.
         out: ref for the values (rows, columns): float32, bf16, or int32 (rows / 2, columns) whose words are pairs of
-            bf16 rows. A bf16 ref is written in half tiles on v5e, which takes longer.
+            bf16 rows, which takes least time.
         chip: the generation.
         columns: how many columns there are.
     """
     rows = 8 * words.shape[0]
     wide = out.dtype == jnp.float32
-    one = _wide_block if wide else _pair_block
+    one = _wide_blocks if wide else _pair_blocks
+    kept = GROUP_ROWS // 2 if out.dtype == jnp.int32 else GROUP_ROWS
 
-    def group(index: Any, blocks: int) -> None:
-        for block in range(blocks):
-            for lane in range(0, columns, LANES):
-                lanes = pl.ds(lane, LANES)
-                row = pl.multiple_of(index * (GROUP_ROWS // 8) + 8 * block, 8)
-                scale = scales[index, pl.ds(block, 1), lanes]
-                one(words[pl.ds(row, 8), lanes], scale, table, out, row, lanes, chip)
+    def part(group: Any, blocks: int, first: Any, width: int) -> None:
+        """Blocks from a group on, in columns from `first`. What is in here has an offset known to the compiler."""
+        lanes = pl.ds(first, width)
+        one(
+            words.at[pl.ds(pl.multiple_of(group * _WORDS, _WORDS), 8 * blocks), lanes],
+            scales.at[pl.ds(group, -(-blocks // _BLOCKS)), :, lanes],
+            table,
+            out.at[pl.ds(pl.multiple_of(group * kept, kept), kept * blocks // _BLOCKS), lanes],
+            chip,
+        )
 
     whole, rest = divmod(rows, GROUP_ROWS)
+    pieces, narrow = divmod(columns, _COLUMNS)
 
-    @pl.loop(0, whole)
-    def _(index: Any) -> None:
-        group(index, _BLOCKS)
+    if pieces:
+
+        @pl.loop(0, whole * pieces)
+        def _(step: Any) -> None:
+            group, piece = lax.div(step, jnp.int32(pieces)), lax.rem(step, jnp.int32(pieces))
+            part(group, _BLOCKS, pl.multiple_of(piece * _COLUMNS, _COLUMNS), _COLUMNS)
+
+    if narrow:
+        # Fewer columns, more rows at a time.
+        groups = next(groups for groups in (4, 2, 1) if whole % groups == 0 and groups * narrow <= _COLUMNS)
+
+        @pl.loop(0, whole // groups)
+        def _(step: Any) -> None:
+            part(step * groups, groups * _BLOCKS, columns - narrow, narrow)
 
     if rest:
-        group(whole, rest // BLOCK)
+        for first in range(0, columns, _COLUMNS):
+            part(whole, rest // BLOCK, first, min(_COLUMNS, columns - first))
 
 
-def _pair_block(word: jax.Array, scale: jax.Array, table: Any, out: Any, row: Any, lanes: Any, chip: str) -> None:
-    scaled = (table[...] * scale).astype(jnp.bfloat16)
+def _tiles(words: Any) -> Iterator[tuple[int, Any]]:
+    """Where words of a block and a tile of columns are: (block, lanes)."""
+    rows, columns = words.shape
+    return itertools.product(range(rows // 8), (pl.ds(lane, LANES) for lane in range(0, columns, LANES)))
+
+
+def _pair_blocks(words: Any, scales: Any, table: Any, out: Any, chip: str) -> None:
     pairs = _pairs_16 if chip in GATHER_16 else _pairs_32
-    for j, values in enumerate(pairs(word, scaled)):
-        if out.dtype == jnp.int32:
-            out[pl.ds(pl.multiple_of(4 * row + 8 * j, 8), 8), lanes] = values
-        else:
-            out[pl.ds(pl.multiple_of(8 * row + 16 * j, 16), 16), lanes] = pltpu.bitcast(values, out.dtype)
+    for block, lanes in _tiles(words):
+        scaled = (table[...] * scales[block // _BLOCKS, pl.ds(block % _BLOCKS, 1), lanes]).astype(jnp.bfloat16)
+        for j, values in enumerate(pairs(words[pl.ds(8 * block, 8), lanes], scaled)):
+            if out.dtype == jnp.int32:
+                out[pl.ds(32 * block + 8 * j, 8), lanes] = values
+            else:
+                out[pl.ds(64 * block + 16 * j, 16), lanes] = pltpu.bitcast(values, out.dtype)
 
 
 def _pairs_16(word: jax.Array, scaled: jax.Array) -> list[jax.Array]:
@@ -110,13 +139,15 @@ def _pairs_32(word: jax.Array, scaled: jax.Array) -> list[jax.Array]:
     return out
 
 
-def _wide_block(word: jax.Array, scale: jax.Array, table: Any, out: Any, row: Any, lanes: Any, chip: str) -> None:
-    low, high = table[pl.ds(0, 8), :] * scale, table[pl.ds(8, 8), :] * scale
-    for j in range(4):
-        for h in range(2):
-            code = lax.shift_right_logical(word, 4 * (4 * h + j))
-            values = jnp.where((code & 8) == 0, _gather(low, code & 7), _gather(high, code & 7))
-            out[pl.ds(8 * row + 16 * j + h, 8, 2), lanes] = values
+def _wide_blocks(words: Any, scales: Any, table: Any, out: Any, chip: str) -> None:
+    for block, lanes in _tiles(words):
+        scale = scales[block // _BLOCKS, pl.ds(block % _BLOCKS, 1), lanes]
+        low, high = table[pl.ds(0, 8), :] * scale, table[pl.ds(8, 8), :] * scale
+        for j in range(4):
+            for h in range(2):
+                code = lax.shift_right_logical(words[pl.ds(8 * block, 8), lanes], 4 * (4 * h + j))
+                values = jnp.where((code & 8) == 0, _gather(low, code & 7), _gather(high, code & 7))
+                out[pl.ds(64 * block + 16 * j + h, 8, 2), lanes] = values
 
 
 def _gather(table: jax.Array, index: jax.Array) -> jax.Array:

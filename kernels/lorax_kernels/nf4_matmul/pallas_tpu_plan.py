@@ -19,9 +19,14 @@ from lorax_kernels.nf4_matmul.layout_tpu import GROUP_ROWS, LANES, padded
 MIB = 1 << 20
 # Of the 128 MiB (v5e, v6e) or 64 MiB (v5p, tpu7x) of a core; the compiler's own scratch needs the rest.
 VMEM = {"v5e": 112 * MIB, "v6e": 112 * MIB, "v5p": 54 * MIB, "tpu7x": 54 * MIB}
+# In VMEM, x arrives in tiles of 8 bf16 rows, and the product of these takes tiles of 16: pairs are made once, or every
+# product would put tiles together again and spill them.
+_HALF_TILES = ("v5e", "v5p")
 # A product over more of C in one step is a very long program; over less, partial sums cost as much as the product.
 _LONGEST = 9728
 _BEST = 4096
+# Columns of y in one step, at most.
+_WIDEST = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Plan:
     bm: int
     rank: int
     itemsize: int
+    paired: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -48,12 +54,22 @@ class Plan:
         """Rows and columns of W in a step."""
         return (self.bf, self.bc) if self.transposed else (self.bc, self.bf)
 
+    @property
+    def held(self) -> int:
+        """Blocks of x that arrive together: a part of C for the chunk, or one where `pairs` holds the part."""
+        return 1 if self.paired else self.chunk // self.bm
+
+    @property
+    def slots(self) -> int:
+        """How many times `held` blocks have room: two, so that the next ones arrive meanwhile, if there are more."""
+        return 1 if self.rows * self.contracted == self.held * self.bm * self.bc else 2
+
     def vmem(self) -> int:
         """Bytes of VMEM: buffers, two for what is fetched ahead, and the float32 block of the product."""
-        chunks, steps, _, _ = self.grid
-        slots = 1 if chunks * steps == 1 else 2
+        _, steps, _, _ = self.grid
         weights = self.bc * self.bf
-        total = slots * self.chunk * self.bc * self.itemsize + weights * self.itemsize
+        x = self.slots * self.held * self.bm + (self.chunk if self.paired else 0)
+        total = x * self.bc * self.itemsize + weights * self.itemsize
         total += 2 * (weights // 2 + weights // 16) + self.bm * self.bf * (2 * self.itemsize + 8)
         if steps > 1:
             total += 4 * self.chunk * self.free
@@ -91,13 +107,14 @@ def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int, chi
     """The plan that moves fewest bytes among those that fit VMEM; None if none does."""
     bm = 256 if m > 256 else -(-m // 16) * 16
     rows = -(-m // bm) * bm
-    free_most = 1024 if m > 32 else 512
+    paired = chip in _HALF_TILES and itemsize == 2
+    free_most = _WIDEST if m > 32 else 512
     fits = [
         candidate
         for contracted, bc in _contracted(transposed, k, n)
         for free, bf in _free(transposed, k, n, free_most)
         for chunk in _chunks(rows, bm)
-        if (candidate := Plan(transposed, rows, contracted, free, chunk, bc, bf, bm, rank, itemsize)).vmem()
+        if (candidate := Plan(transposed, rows, contracted, free, chunk, bc, bf, bm, rank, itemsize, paired)).vmem()
         <= VMEM[chip]
     ]
     least = least_bytes(m, k, n, itemsize, rank)
@@ -122,7 +139,7 @@ def _free(transposed: bool, k: int, n: int, most: int) -> list[tuple[int, int]]:
     if not transposed:
         return [(np_, bf) for bf in _divisors(np_, LANES) if bf <= most]
     whole = -(-k // LANES) * LANES
-    found = [(whole, whole)] if whole <= most else []
+    found = [(whole, whole)] if whole <= _WIDEST else []
     return found + [(kp, bf) for bf in _divisors(kp, GROUP_ROWS) if bf <= max(most, GROUP_ROWS)]
 
 
