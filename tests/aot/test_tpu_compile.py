@@ -21,7 +21,7 @@ from step_support import CONFIG, compiled
 
 from lorax_kernels.cases import CASES, DECODE_ROWS, RANK, TRAIN_ROWS
 from lorax_kernels.nf4_matmul import layout_tpu, pallas_tpu
-from lorax_kernels.nf4_matmul.pallas_tpu_plan import least_bytes, plan
+from lorax_kernels.static.tpu import moved
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore")]
 
@@ -76,15 +76,9 @@ def test_the_whole_training_step(chip):
 @pytest.mark.parametrize("rows", [DECODE_ROWS, TRAIN_ROWS])
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_bytes_moved_are_near_the_least_on_cases_without_padding(chip, transposed, rows):
-    """Counted from the index maps. Sizes that tiles do not divide pay for their padding beside."""
-    seen = 0
+def test_bytes_moved_with_the_low_rank_term_are_near_the_least(chip, transposed, rows):
+    """Counted from the index maps, against whole tiles, which is how a TPU keeps arrays. The scales of a single block
+    come with those of seven more."""
     for case in CASES:
-        if case.k % 512 or case.n % 128:
-            continue
-        blocks = plan(transposed, rows, case.k, case.n, 2, RANK, chip)
-        assert blocks is not None, case
-        moved = sum(blocks.moved().values()) / least_bytes(rows, case.k, case.n, 2, RANK)
-        assert moved <= 1.1, (case, moved)
-        seen += 1
-    assert seen > 15
+        _, over_tiles = moved(chip, rows, case.k, case.n, transposed, RANK)
+        assert over_tiles <= (1.2 if case.k == 64 else 1.1), (case, over_tiles)

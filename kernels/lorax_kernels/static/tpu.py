@@ -56,7 +56,8 @@ def programs() -> Iterator[Program]:
     size = _REFERENCE
     for chip in PODS:
         yield Program("nf4_dequantise", chip, 1, size, size)
-        for rows in (DECODE_ROWS, TRAIN_ROWS, LONG_ROWS):
+    for rows in (DECODE_ROWS, TRAIN_ROWS, LONG_ROWS):
+        for chip in PODS:
             for op, plain in PLAIN.items():
                 if chip in MOST_CYCLES.get(rows, {}):
                     yield Program(plain, chip, rows, size, size)
