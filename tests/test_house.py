@@ -16,12 +16,13 @@ import lorax
 import lorax.models
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted((ROOT / "lorax").rglob("*.py"))
+MODULES = sorted([*(ROOT / "lorax").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PARTS = ("lorax", "kernels", "tests", ".ci")
 SUFFIXES = {"", ".py", ".md", ".toml", ".json"}
 TEXTS = sorted(
     path
-    for path in [*ROOT.glob("*"), *(ROOT / "lorax").rglob("*"), *(ROOT / "tests").rglob("*"), *(ROOT / ".ci").glob("*")]
+    for path in [*ROOT.glob("*"), *(file for part in PARTS for file in (ROOT / part).rglob("*"))]
     # In a second working tree `.git` is a file, and holds a path.
     if path.is_file() and path.suffix in SUFFIXES and not {"__pycache__", ".git"} & set(path.parts)
 )
@@ -84,6 +85,12 @@ def test_tests_do_not_skip():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in ways_out:
                 assert "pytest" not in ast.dump(node.value), f"{path}:{node.lineno}: {node.attr}"
+
+
+def test_no_two_test_files_share_a_name():
+    # Pytest imports them by their bare names: a second one stops the whole run before the first test.
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
