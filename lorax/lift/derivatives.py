@@ -115,13 +115,14 @@ def _array_of(ct: Any, primal: Any) -> Any:
     """
     if isinstance(ct, jax.Array) and ct.dtype != jax.dtypes.float0:
         return ct
-    return jnp.zeros(primal.shape, primal.dtype)
+    return jnp.zeros(jnp.shape(primal), jnp.result_type(primal))
 
 
 def _cotangent(primal: Any, dw: jax.Array) -> Any:
     """The cotangent of each array of a weight from the dense dW."""
     if not isinstance(primal, Value):
-        return dw if jnp.issubdtype(primal.dtype, jnp.inexact) else None
+        # A Python number in the user's call is an operand without a dtype of its own.
+        return dw if jnp.issubdtype(jnp.result_type(primal), jnp.inexact) else None
     if isinstance(primal, Packed):
         return None
     if not isinstance(primal, Factored):

@@ -250,7 +250,7 @@ def _same_axes(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
 for _name in (
     *("convert_element_type", "copy", "copy_p", "sharding_constraint", "name", "mesh_cast", "reshard"),
-    *("stop_gradient", "pvary", "neg", "mul", "div", "slice", "dynamic_slice"),
+    *("stop_gradient", "pvary", "neg", "mul", "div", "slice", "dynamic_slice", "rev"),
 ):
     rule(_name, Probe)(_same_axes)
 

@@ -159,7 +159,9 @@ def dynamic_slice(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
 
     def cut(x: jax.Array) -> jax.Array:
         for axis in range(front):
-            x = jax.lax.dynamic_slice_in_dim(x, starts[axis], sizes[axis], axis)
+            # In range already: a negative start would count from the end once more.
+            start = jnp.clip(starts[axis], 0, weight.shape[axis] - sizes[axis])
+            x = jax.lax.dynamic_slice_in_dim(x, start, sizes[axis], axis)
         return x
 
     return [_on_stack(weight, cut)]

@@ -115,22 +115,34 @@ def ragged_dot(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
         raise Unsupported("the weight must be the right-hand side of a ragged dot")
     (out,) = interp.bind(eqn, _with_base(args))
     x, weight, groups = args
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    group_axis, k_axis, n_axis = _ragged_axes(eqn.params["ragged_dot_dimension_numbers"], x, weight)
+    in_place = weight.in_a(k_axis) and not weight.in_b(k_axis), weight.in_a(n_axis) and weight.shape[n_axis] != 1
+    if weight.in_b(k_axis) and not weight.in_a(k_axis):
+        first, second = weight.b, weight.a
+    elif in_place == (True, False):
+        first, second = weight.a, weight.b
+    else:
+        raise _contradiction(f"axes {k_axis} and {n_axis} of {weight.shape} are not one A's and the other B's")
+    experts, k, n = (weight.shape[axis] for axis in (group_axis, k_axis, n_axis))
+    rank = first.shape[-1]
+    first = jnp.transpose(first, (group_axis, k_axis, n_axis, 3)).reshape(-1, k, rank)
+    second = jnp.transpose(second, (group_axis, 3, n_axis, k_axis)).reshape(-1, rank, n)
+    scale = jnp.transpose(weight.scale, (group_axis, k_axis, n_axis))
+    first = jnp.broadcast_to(first, (experts, k, rank)).astype(weight.dtype)
+    second = jnp.broadcast_to(second * scale, (experts, rank, n)).astype(weight.dtype)
+    precision = eqn.params["precision"]
+    h = jax.lax.ragged_dot(weight.dropped(x), first, groups, precision=precision)
+    return [out + jax.lax.ragged_dot(h, second, groups, precision=precision).astype(out.dtype)]
+
+
+def _ragged_axes(numbers: Any, x: jax.Array, weight: Factored) -> tuple[int, int, int]:
+    """The weight's axes of groups, of what is summed, and the other: of (rows, k) times groups of (k, n), any order."""
     ((x_sum, w_sum), (x_batch, _)) = numbers.dot_dimension_numbers
     group_axes = tuple(numbers.rhs_group_dimensions)
-    plain = (tuple(x_sum), tuple(w_sum), group_axes) == ((1,), (1,), (0,)) and not x_batch and weight.ndim == 3
+    plain = tuple(x_sum) == (1,) and x.ndim == 2 and not x_batch and len(group_axes) == 1 and weight.ndim == 3
     if not plain:
-        raise Unsupported("only the form (rows, k) x (groups, k, n) of a ragged dot is served")
-    if not (weight.in_a(1) and not weight.in_b(1) and (weight.in_b(2) or weight.shape[2] == 1)):
-        raise _contradiction(f"axes 1 and 2 of {weight.shape} are not A's and B's")
-    experts, k, n = weight.shape
-    rank = weight.a.shape[-1]
-    a = jnp.broadcast_to(weight.a.reshape(-1, k, rank), (experts, k, rank)).astype(weight.dtype)
-    b = jnp.moveaxis(weight.b, -1, 1).reshape(-1, rank, n) * weight.scale.reshape(-1, 1, 1)
-    b = jnp.broadcast_to(b, (experts, rank, n)).astype(weight.dtype)
-    precision = eqn.params["precision"]
-    h = jax.lax.ragged_dot(weight.dropped(x), a, groups, precision=precision)
-    return [out + jax.lax.ragged_dot(h, b, groups, precision=precision).astype(out.dtype)]
+        raise Unsupported("only the form (rows, k) x groups of (k, n) of a ragged dot is served")
+    return group_axes[0], w_sum[0], 3 - group_axes[0] - w_sum[0]
 
 
 @rule("conv_general_dilated", Factored)

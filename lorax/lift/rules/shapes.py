@@ -70,6 +70,12 @@ def slice_(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array
     return jax.lax.slice(x, (*start, *[0] * extra), (*limit, *tail), (*stride, *[1] * extra))
 
 
+@rule("rev", Factored, Scaled)
+@_moved
+def reverse(params: Any, weight: Factored, x: jax.Array, extra: int) -> jax.Array:
+    return jax.lax.rev(x, params["dimensions"])  # along an axis of size one it changes nothing
+
+
 @rule("dynamic_slice", Factored, Scaled)
 def dynamic_slice(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
     if where_structured(args) != 0:
@@ -82,7 +88,9 @@ def dynamic_slice(interp: Interpreter, eqn: Any, args: list[Any]) -> list[Any]:
         # A factor is cut along the axes it depends on, one by one; the others have nothing to cut.
         for axis, size in enumerate(weight.shape):
             if x.shape[axis] == size and sizes[axis] != size:
-                x = jax.lax.dynamic_slice_in_dim(x, starts[axis], sizes[axis], axis)
+                # In range already, as the base's own slice is: a negative start would count from the end once more.
+                start = jnp.clip(starts[axis], 0, size - sizes[axis])
+                x = jax.lax.dynamic_slice_in_dim(x, start, sizes[axis], axis)
         return x
 
     return [weight.each(base, cut)]
