@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lorax.cli.generate", "continue a prompt, with or without an adapter"),
     "merge": ("lorax.cli.merge", "write base + adapter as a Hugging Face directory"),
     "inspect": ("lorax.cli.inspect", "what is in an adapter or a base model"),
+    "analyze": ("lorax.cli.analyze", "what happened to the weights, between two models or adapters"),
     "plan": ("lorax.cli.plan", "will it fit, what will it cost: by arithmetic, or by the chip's own compiler"),
     "bench": ("lorax.bench.command", "figures of this machine: the step against PEFT, full fine-tuning and its floor"),
 }
