@@ -215,6 +215,8 @@ def _field(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], tup
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise wrong(f"data_offsets [{begin}, {end}] do not fit {dtype} {shape}")
+    if math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= 2**63:
+        raise wrong(f"shape {str(shape)[:80]} is empty along one axis and beyond any array along the others")
     return dtype, tuple(shape), (begin, end)
 
 

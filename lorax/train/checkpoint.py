@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/00000040/`:
 
     state/         the arrays of `State`, written by Orbax (one flat mapping of path to array)
-    meta.json      step, data position, evaluations so far, and the SHA-256 of every file of `state/`
+    meta.json      step, data position, evaluations so far, and the SHA-256 of every file of `state/` and of itself
 
 It is written under a name that no reader looks at, every file is fsynced, and one rename publishes it. So
 whatever moment a process dies at, a folder with a number for a name is complete; and because disks lie,
@@ -164,6 +164,7 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
         writer.save((folder / "state").absolute(), arrays)
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
     record = {"step": int(state.step), "meta": meta, "arrays": _shapes(arrays), "sha256": hashes}
+    record["own_sha256"] = _own_sha256(record)
     (folder / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in _files(folder):
         _fsync(path)
@@ -223,9 +224,11 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every byte is as it was written."""
     try:
         record = json.loads((folder / "meta.json").read_text())
-        hashes = record["sha256"]
+        hashes, own = record["sha256"], record["own_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"meta.json: {type(error).__name__}"
+    if own != _own_sha256(record):
+        return "meta.json has changed"
     here = {str(p.relative_to(folder)) for p in _files(folder)} - {"meta.json"}
     if here != set(hashes):
         return f"{sorted(here ^ set(hashes))[0]} missing or unexpected"
@@ -242,6 +245,13 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_sha256(record: dict[str, Any]) -> str:
+    """The digest of a record without its own digest: a flipped bit in the data position is no less a fault."""
+    rest = {key: value for key, value in record.items() if key != "own_sha256"}
+    as_read = json.loads(json.dumps(rest))  # keys that are numbers come back as words, and sort otherwise
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:

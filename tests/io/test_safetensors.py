@@ -101,6 +101,7 @@ def test_copying_converts_transposes_and_goes_on_over_chunks(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("data", "said"),
     [
+        (encode({"a": tensor([2**62, 0, 2**62], 0, 0)}), "beyond any array"),
         (b"", "empty"),
         (b"\0" * 7, "too few"),
         (struct.pack("<Q", 2**63) + b"{}", "claims"),

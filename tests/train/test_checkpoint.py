@@ -87,11 +87,20 @@ def damage_meta(folder):
     (folder / "meta.json").write_text('{"step": 2, "sha')
 
 
+def damage_number_in_meta(folder):
+    path = folder / "meta.json"
+    text = path.read_text()
+    assert '"n": 2' in text
+    path.write_text(text.replace('"n": 2', '"n": 3'))
+
+
 def damage_no_meta(folder):
     (folder / "meta.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_bit, damage_cut, damage_missing, damage_meta, damage_no_meta])
+@pytest.mark.parametrize(
+    "damage", [damage_bit, damage_cut, damage_missing, damage_meta, damage_number_in_meta, damage_no_meta]
+)
 def test_a_damaged_checkpoint_falls_back_and_says_so(store, damage):
     store.save(state_at(1), {"n": 1})
     damage(store.save(state_at(2), {"n": 2}))
