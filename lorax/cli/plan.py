@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +53,8 @@ class Args:
     """Print one JSON object."""
 
     def run(self, words: Sequence[str]) -> None:
+        # Nothing is computed here but shapes: no accelerator is taken, or waited for.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from lorax.plan import Job, config_of, parse_mesh, parse_target
 
         target = parse_target(self.target)
@@ -64,7 +68,7 @@ class Args:
             return
         from lorax.plan.answer import answer
 
-        found = answer(self.base, job, self.compile, self.hlo)
+        found = {"command": shlex.join(["lorax", "plan", *words]), **answer(self.base, job, self.compile, self.hlo)}
         print_json(found) if self.json else _show(found)
 
     def _sweep(self, job: Any) -> None:

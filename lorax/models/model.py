@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lorax.errors import LoraxError
@@ -72,6 +73,22 @@ class Model:
     ) -> Float[Array, "b t d"]:
         """Features of every token after the final norm."""
         return self._bind(params)(ids, positions, segment_ids)
+
+    def head_at_hand(self, params: PyTree) -> PyTree:
+        """The tree with the head's weight gathered from the devices that share the batch, as its products need it.
+
+        A loss over chunks of rows says so once, before its loop: a compiler gathers inside the loop, once a chunk.
+        Without `stream` the tree is returned as it is.
+        """
+        place = self.stream
+        if not isinstance(place, NamedSharding):
+            return params
+        tensor = place.spec[1] if len(place.spec) > 1 else None
+        tied = self.config.tie_embeddings
+        outer, name = ("embed", "embedding") if tied else ("lm_head", "kernel")
+        spec = PartitionSpec(tensor, None) if tied else PartitionSpec(None, tensor)
+        put = jax.lax.with_sharding_constraint(params[outer][name], NamedSharding(place.mesh, spec))
+        return {**params, outer: {**params[outer], name: put}}
 
     def head(self, params: PyTree, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
         """Logits of features."""

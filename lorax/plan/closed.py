@@ -7,14 +7,16 @@ layers, V vocabulary.
 
     kept       L m d w / T                                     with remat: the stream between layers
                + L m (d/T + (2 q + 2 v + 2 f) / T) w           without: what each layer marks as kept, too
-    layer      m w (8 d + (4 q + 4 v + 6 f) / T)               one layer at work, forward again and backward
-    scores     b (heads / T) min(s, block) s (3 x 4 + w)       one block of queries: scores, softmax, gradient
-    weights    2 x one layer's weights as they are gathered    F > 1; without kernels also one dequantised matrix
-    table      V d w / T                                       F > 1: embedding and head, gathered
-    loss       m d (4 + w) + 3 x 4 chunk V / T                 gradient of the features; one chunk of logits
+    layer      m w (14 d + (4 q + 4 v + 6 f) / T)              one layer at work, forward again and backward
+    scores     b (heads / T) min(s, block) s x 2 x 4           one block of queries: scores, softmax, gradient
+    weights    2 x one layer's weights as they are gathered    F > 1
+    loss       m d (2 x 4 + w)                                 gradient of the features
+    logits     4 chunk V / T                                   one chunk of rows
+    table      V d w / T                                       F > 1: the head, gathered
 
-Where a head trains alone nothing is kept of the layers below it, and one layer is at work, forward alone:
-m w (3 d + (q + 2 v + 2 f) / T).
+The two halves of a step are not alive at once: activations = kept + max(layer + scores + weights, loss + logits +
+table). Where a head trains alone nothing is kept of the layers below it, and one layer is at work, forward alone:
+m w (5 d + (q + 2 v + 2 f) / T).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Estimate:
     """What a step needs.
 
     bytes: part -> bytes over the whole job; per_chip: the same on one chip (the fullest).
-    activations: what the activations on a chip are made of.
+    activations: what the activations on a chip are made of; not all of it is alive at once.
     parameters: of the base, and of what trains.
     flops: of a step, over all chips. wire: what a chip receives in a step, by reason.
     """
@@ -72,7 +74,7 @@ def estimate(job: Job) -> Estimate:
     given = trees(job)
     parts = {name: _each(given, measure) for name, measure in (("bytes", total_bytes), ("chip", chip_bytes))}
     made_of = activations(job, given)
-    per_chip = {**parts["chip"], "activations": sum(made_of.values())}
+    per_chip = {**parts["chip"], "activations": peak(made_of)}
     whole = {**parts["bytes"], "activations": per_chip["activations"] * job.target.chips}
     params = join(given.trainable, given.frozen)
     return Estimate(
@@ -113,23 +115,35 @@ def activations(job: Job, given: Trees) -> dict[str, int]:
     q, v = c.num_heads * c.head_dim / parts, c.num_kv_heads * c.head_dim / min(parts, c.num_kv_heads)
     stream = d / parts if d % parts == 0 else d
     block = QUERY_BLOCK if job.seq > LONG else job.seq
-    scores = m * (c.num_heads / parts) * block * (3 * 4 + w)
-    out = {"scores": scores, "weights": _in_flight(job, given), "loss": m * d * (4 + w)}
-    out["logits"] = 3 * 4 * job.chunk * c.vocab_size / parts
+    weights, table = _in_flight(job, given)
+    out = {
+        "scores": m * (c.num_heads / parts) * block * 2 * 4,
+        "weights": weights,
+        "loss": m * d * (2 * 4 + w),
+        "logits": 4 * job.chunk * c.vocab_size / parts,
+        "table": table,
+        "kept": 0,
+    }
     if job.method == "head":
-        out["layer"] = m * w * (3 * d + q + 2 * v + 2 * f)
+        out["layer"] = m * w * (5 * d + q + 2 * v + 2 * f)
     else:
-        out["layer"] = m * w * (8 * d + 4 * q + 4 * v + 6 * f)
+        out["layer"] = m * w * (14 * d + 4 * q + 4 * v + 6 * f)
         out["kept"] = c.num_layers * m * w * stream
         if not job.remat:
             out["kept"] += c.num_layers * m * w * (stream + 2 * q + 2 * v + 2 * f)
     return {name: round(size) for name, size in out.items()}
 
 
-def _in_flight(job: Job, given: Trees) -> float:
-    """Weights beside their resting place: gathered from other chips, two layers' worth, and the tables."""
+def peak(made_of: dict[str, int]) -> int:
+    """The activations that are alive at once, where the most are."""
+    layer = sum(made_of[part] for part in ("layer", "scores", "weights"))
+    return made_of["kept"] + max(layer, sum(made_of[part] for part in ("loss", "logits", "table")))
+
+
+def _in_flight(job: Job, given: Trees) -> tuple[float, float]:
+    """Weights beside their resting place, gathered from other chips: two layers' worth, and the largest table."""
     if job.fsdp_parts == 1:
-        return 0.0
+        return 0.0, 0.0
     c, layers, tables = job.config, 0.0, 0.0
     for path, leaf in named_leaves(join(given.trainable, given.frozen)):
         base = leaf.base if isinstance(leaf, LowRank) else leaf
@@ -138,4 +152,4 @@ def _in_flight(job: Job, given: Trees) -> float:
             layers += size / c.num_layers
         elif not isinstance(base, Quantized):
             tables = max(tables, size)
-    return 2 * layers + tables
+    return 2 * layers, tables

@@ -1,10 +1,12 @@
 """Bytes over the interconnect in a step, on paper: what one chip receives, at the least that each collective needs.
 
 m tokens a chip, w bytes a value, T parts of `model`, F of FSDP, D of the batch. p passes over the layers: forward, once
-more with remat, backward. A sum over devices moves what it sums twice, a gather once.
+more with remat, backward. The stream is split over `model`, so what a row-parallel map sums stays scattered.
+A compiler may overlap gathers with products as rings of permutes, which send up to twice as much.
 
-    fsdp        (F - 1) / F x (layers' bytes x p + tables' bytes) / T        weights, as they are held
-    tensor      (T - 1) / T x L m d w x (2 gathers x p + 2 x sums)           the stream; sums: 2 forward, 2 backward,
+    fsdp        (F - 1) / F x (p x layers' bytes + tables' bytes) / T        weights, as they are held; of quantised
+                                                                             ones two passes share what they gather
+    tensor      (T - 1) / T x L m d w x (2 gathers x p + sums)               the stream; sums: 2 forward, 2 backward,
                                                                              1 again with remat
     lora        2 (T - 1) / T x m r x 4 x p for each row-parallel matrix     sums of x A
     gradients   2 (D - 1) / D x bytes of what trains on a chip               over the parts of the batch
@@ -34,8 +36,8 @@ def step_wire(job: Job, given: Trees) -> dict[str, float]:
     layers, tables = _bases(given)
     tensor, fsdp = job.tensor_parts, job.fsdp_parts
     wire = {
-        "fsdp": share(fsdp) * (layers * passes + tables) / tensor,
-        "tensor": share(tensor) * c.num_layers * m * c.hidden_size * w * (2 * passes + 2 * sums),
+        "fsdp": share(fsdp) * (layers * (min(passes, 2) if job.method == "qlora" else passes) + tables) / tensor,
+        "tensor": share(tensor) * c.num_layers * m * c.hidden_size * w * (2 * passes + sums),
         "lora": 2 * share(tensor) * m * 4 * passes * _row_ranks(given),
         "gradients": 2 * share(job.data_parts) * chip_bytes(given.trainable),
     }

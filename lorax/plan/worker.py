@@ -120,13 +120,15 @@ def _mesh(job: Any) -> Any:
 
     where = job.target
     if where.chip.platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=str(where))
+        # The smallest slice that has a topology is a host of four; one chip is one of those.
+        name = str(where) if where.chips > 1 else f"{where.chip.name}:{'x'.join(['2', '2', '1'][: len(where.shape)])}"
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     else:
         shape = where.shape if len(where.shape) == 2 else (1, *where.shape)
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", target_config=H100, topology="x".join(map(str, (*shape, 1)))
         )
-    devices = np.array(topology.devices)
+    devices = np.array(topology.devices[: where.chips])
     return Mesh(devices.reshape(tuple(job.mesh.values())), tuple(job.mesh))
 
 

@@ -22,8 +22,8 @@ from lorax_kernels.placement import Placement
 
 Names = list[str | None]
 
-# Of a quantised weight in the TPU's order: what a kernel's tile takes of inputs and outputs.
-_WORD_ROWS, _LANES = 512, 128
+# Outputs in a tile of a TPU's kernel.
+_LANES = 128
 
 
 def specs(params: Any, mesh: Any, rules: Rules = ZOO, roles: Mapping[str, str | None] | None = None) -> Any:
@@ -248,7 +248,7 @@ def _low_rank(path: str, leaf: LowRank, names: Names, sizes: dict[str, int], fou
 
 
 def _quantized(path: str, leaf: Quantized, names: Names, sizes: dict[str, int], found: dict[str, str]) -> Any:
-    """Whole blocks: along the last stored axis in blocks, for a TPU in tiles of both."""
+    """Whole blocks along the last stored axis; for a TPU whole tiles along the outputs."""
     array, front = leaf.array, len(leaf.array.stack)
     shape = tuple(leaf.shape)
     stored: Names = [*names[:front], *(names[front + axis] for axis in leaf.order)]
@@ -260,9 +260,8 @@ def _quantized(path: str, leaf: Quantized, names: Names, sizes: dict[str, int], 
     elif array.values_per_code > 1:
         units[-1] = array.block_size
         if array.layout == "tpu":
-            # What is gathered before its use may be cut anywhere between blocks; else each part is whole tiles.
-            tiles = (_LANES, _WORD_ROWS)
-            units[-2:] = [u if n in BATCH else t for n, u, t in zip(stored[-2:], units[-2:], tiles, strict=True)]
+            # Outputs in whole tiles, unless their parts are gathered before they are used.
+            units[-2] = 1 if stored[-2] in BATCH else _LANES
     stored = _divided(path, sizes_stored, stored, units, sizes, found)
     return replace(leaf, array=_arrays(array, front, stored))
 

@@ -26,6 +26,8 @@ def language_model_loss(model: Any, *, head_trains: bool, chunk: int = CHUNK, gr
 
     def forward(params, batch):
         hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segment_ids"])
+        if getattr(model, "stream", None) is not None:
+            params = model.head_at_hand(params)
         return cross_entropy(
             lambda rows: model.head(params, rows),
             hidden,

@@ -36,7 +36,7 @@ def test_a_qlora_step_on_a_slice(base, capsys, tmp_path):
     assert found["per_chip"]["bytes"] == real["bytes"] == sum(real["parts"].values())
     # Arguments are the shards that the closed form counts; gradients and activations are temporaries.
     held = sum(found["per_chip"][part] for part in ("base", "adapter", "optimizer"))
-    assert real["parts"]["arguments"] == pytest.approx(held, rel=0.02)
+    assert real["parts"]["arguments"] == pytest.approx(held, rel=0.05)
     # Seven products a layer, forward and backward, are Pallas kernels on every chip of the mesh.
     assert real["kernels"] >= 14
     assert real["collectives"]["all-gather"]["bytes"] > 0

@@ -78,3 +78,16 @@ def test_a_part_is_what_decides_who_serves_it():
     many = Placement(mesh, ("data",), ("model", None, None, "data"))
     assert many.as_matrix(3).core == ("model", "data")
     assert Placement(mesh, (), (None, "model", "data")).as_matrix(2).core == (None, "data")
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["forward", "backward"])
+def test_a_part_that_is_no_whole_tile(transpose):
+    """320 inputs of a TPU's words, as a row-parallel split leaves them: filled up with blocks that count nothing."""
+    q = nf4.to_tpu(nf4.quantize(draw(128, 512) * 0.05))
+    dense = np.asarray(nf4.dequantize(q), np.float64).T[:320]
+    x = draw(8, 128 if transpose else 320)
+    for backend in ("plain", "pallas"):
+        call = kernels.Call(backend, "v5e", transpose, False, 64, True, interpret=backend == "pallas")
+        (y,) = kernels._run(call, x, q.codes[:40], kernels.resolve_scales(q)[:, :5])
+        want = np.asarray(x, np.float64) @ (dense.T if transpose else dense)
+        np.testing.assert_allclose(y, want, rtol=0, atol=2e-2 * np.abs(want).max())

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 from lorax import cli
+from lorax.cli.plan import Args
 from lorax.errors import LoraxError
 from lorax.models import Model, ModelConfig
 from lorax.plan import PRESETS, Job, config_of, estimate, parse_mesh, parse_target
@@ -231,3 +235,40 @@ def test_factors_are_float32_and_nothing_is_made():
     leaves = jax.tree.leaves(tree)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
     assert {x.dtype for x in leaves} >= {jnp.dtype("float32"), jnp.dtype("int32"), jnp.dtype("uint8")}
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "lorax" / "plan" / "results").glob("*.json"))
+
+
+def of_result(path):
+    """The job of a committed result, and what the compiler said of it."""
+    found = json.loads(path.read_text())
+    words = shlex.split(found["command"])[2:]
+    given = tyro.cli(Args, args=words)
+    target = parse_target(given.target)
+    names = ("rank", "targets", "seq", "batch", "dtype", "optimizer", "remat")
+    options = {name: getattr(given, name) for name in names}
+    mesh = parse_mesh(given.mesh, target, given.batch)
+    return Job(config_of(given.base), given.method, target, mesh, **options), found["compiled"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_closed_form_is_near_what_the_compiler_said(path):
+    """Compiled results are committed with their command; the arithmetic of today is held against them."""
+    one, compiled = of_result(path)
+    found = estimate(one)
+    held = sum(found.per_chip[part] for part in ("base", "adapter", "optimizer"))
+    if compiled["refused"]:
+        assert found.chip_total > one.target.chip.capacity
+        return
+    assert compiled["parts"]["arguments"] == pytest.approx(held, rel=0.05)
+    assert found.chip_total == pytest.approx(compiled["bytes"], rel=0.15)
+
+
+def test_the_results_hold_what_was_asked_for():
+    stems = {path.stem for path in RESULTS}
+    assert {"llama-3.1-70b-qlora-v5e-16x16", "llama-3.1-70b-qlora-v5e-8x8"} <= stems
+    found = json.loads((RESULTS[0].parent / "llama-3.1-70b-qlora-v5e-8x8.json").read_text())["compiled"]
+    assert found["bytes"] < 13.3e9
+    assert found["kernels"] >= 14
+    assert found["collectives"]["all-gather"]["bytes"] > 0

@@ -76,13 +76,15 @@ def test_factors_follow_their_weight_and_the_rank_is_whole(platform):
 
 
 def test_quantised_weights_are_split_by_whole_blocks():
-    # 1024 inputs over 4: 256 each, four blocks of 64 but half a tile of a TPU's words.
-    rows, words = (kept_whole(adapted(platform), BOTH) for platform in ("cpu", "tpu"))
-    assert rows == {}
-    assert set(words) == {"layers/attn/o_proj/kernel"}
-    assert "whole blocks of 512 on model" in words["layers/attn/o_proj/kernel"]
-    tree = specs(adapted("tpu"), BOTH)["layers"]["attn"]["o_proj"]["kernel"]
-    assert tree.base.array.codes == P(None, None, "data")
+    assert kept_whole(adapted("cpu"), BOTH) == {} == kept_whole(adapted("tpu"), BOTH)
+    # 1024 inputs over 32: half a block each. 1024 outputs over 32: a quarter of a TPU's tile.
+    many = AbstractMesh((32,), ("model",))
+    rows, words = (kept_whole(adapted(platform), many) for platform in ("cpu", "tpu"))
+    assert "whole blocks of 64 on model" in rows["layers/attn/o_proj/kernel"]
+    assert "layers/attn/q_proj/kernel" not in rows
+    assert "whole blocks of 128 on model" in words["layers/attn/q_proj/kernel"]
+    tree = specs(adapted("tpu"), many)["layers"]["attn"]["o_proj"]["kernel"]
+    assert tree.base.array.codes == P(None, None, None)
     assert tuple(tree.A) == (None, "model", None), "the factors are split all the same"
     many = kept_whole(adapted("cpu", block_size=256), AbstractMesh((8,), ("data",)))
     assert "layers/attn/q_proj/kernel" in many

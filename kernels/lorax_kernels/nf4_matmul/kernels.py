@@ -205,15 +205,32 @@ def _sharded(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, *lor
     assert place is not None
     rows, (outs, ins) = place.split(x.shape[0]) or None, place.core
     operands, results, summed = _specs(call, rows, outs, ins, codes.shape, place.mesh)
-    run = functools.partial(_run_and_sum, call, summed)
+    scatter = _can_scatter(call, results[0], summed[0], codes.shape, place)
+    if scatter:
+        results = (PartitionSpec(results[0][0], summed[0]), *results[1:])
+    run = functools.partial(_run_and_sum, call, summed, scatter=scatter)
     # The kernels say nothing of which axes their results vary over.
     split = jax.shard_map(run, mesh=place.mesh, in_specs=operands, out_specs=results, check_vma=False)
     return split(x, codes, scales, *lora)
 
 
-def _run_and_sum(call: Call, summed: Any, *args: jax.Array) -> tuple[jax.Array, ...]:
-    outs = _run(call, *args)
-    return tuple(jax.lax.psum(out, axes) if axes else out for out, axes in zip(outs, summed, strict=True))
+def _can_scatter(call: Call, spec: Any, summed: Any, codes: tuple[int, ...], place: Placement) -> bool:
+    """Whether a summed result can be left split along its columns, which moves half of what a whole sum does.
+
+    The stream between layers lies so; where it does not, gathering the parts makes up the other half.
+    """
+    k, n = (codes[0] * 8, codes[1]) if call.words else (codes[1] * 2, codes[0])
+    return bool(summed) and spec[1] is None and (k if call.transpose else n) % (place.count(*summed) * 128) == 0
+
+
+def _run_and_sum(call: Call, summed: Any, *args: jax.Array, scatter: bool = False) -> tuple[jax.Array, ...]:
+    outs = []
+    for place, (out, axes) in enumerate(zip(_run(call, *args), summed, strict=True)):
+        if axes and place == 0 and scatter:
+            outs.append(jax.lax.psum_scatter(out, axes, scatter_dimension=1, tiled=True))
+        else:
+            outs.append(jax.lax.psum(out, axes) if axes else out)
+    return tuple(outs)
 
 
 def _specs(
@@ -230,7 +247,7 @@ def _specs(
     if used & set(_names(n_axis)) or n % (_count(mesh, n_axis) * (128 if call.words else 1)):
         n_axis = None
     used |= set(_names(n_axis))
-    if used & set(_names(k_axis)) or k % (_count(mesh, k_axis) * (512 if call.words else call.block_size)):
+    if used & set(_names(k_axis)) or k % (_count(mesh, k_axis) * call.block_size):
         k_axis = None
     spec = PartitionSpec
     weight = (spec(k_axis, n_axis) if call.words else spec(n_axis, k_axis), spec(n_axis, k_axis))
@@ -272,7 +289,7 @@ def _pallas(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora:
 
     n, k = (codes.shape[1], codes.shape[0] * 8) if call.words else (codes.shape[0], codes.shape[1] * 2)
     if call.words:
-        words, packed = codes, scales.T.reshape(k // 512, 8, n)
+        words, packed = _whole_tiles(codes, scales.T)
     else:
         words, packed = layout_tpu.pack(codes, scales)
     more: dict[str, Any] = {"lora": lora, "chip": call.chip}
@@ -283,6 +300,16 @@ def _pallas(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora:
     if call.transpose:
         return pallas_tpu.matmul_t(x, words, packed, k=k, **more)
     return pallas_tpu.matmul(x, words, packed, n=n, **more)
+
+
+def _whole_tiles(words: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Words and scales of one device's part of W, filled up to whole tiles by blocks whose scale is zero."""
+    blocks, n = scales.shape
+    groups = -(-blocks // 8)
+    if groups * 8 != blocks:
+        words = jnp.pad(words, ((0, 8 * (groups * 8 - blocks)), (0, 0)))
+        scales = jnp.pad(scales, ((0, groups * 8 - blocks), (0, 0)))
+    return words, scales.reshape(groups, 8, n)
 
 
 def _triton(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: Any) -> Any:
@@ -296,7 +323,7 @@ def _plain(call: Call, x: jax.Array, codes: jax.Array, scales: jax.Array, lora: 
     """The meaning of a call in plain JAX: what the others are tested against, mesh rules included."""
     if call.words:
         k, n = codes.shape[0] * 8, codes.shape[1]
-        codes = layout_tpu.unpack(codes, scales.T.reshape(k // 512, 8, n), k, n)[0]
+        codes = layout_tpu.unpack(*_whole_tiles(codes, scales.T), k, n)[0]
     # Values written as literals: a table captured from outside could not go through custom_partitioning.
     nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(codes.shape[0], -1)
     values = sum(jnp.where(nibbles == i, jnp.float32(float(v)), jnp.float32(0)) for i, v in enumerate(NF4))
