@@ -31,7 +31,8 @@ class Compiled:
     """What the compiler says of one step.
 
     refused: it will not compile the step, because it needs more memory than the chip has.
-    bytes: HBM per chip: arguments, temporaries and results that take no argument's place; its own figure if it refused.
+    bytes: HBM per chip: arguments, temporaries and results that take no argument's place. If it refused, its own
+        figure, which may be that of the temporaries alone.
     parts: those three (empty if it refused).
     flops: as the compiler counts them for one chip: a loop's body once, and kernels not at all.
     collectives: kind -> how many run in a step and the bytes that a chip receives.

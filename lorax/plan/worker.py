@@ -13,8 +13,12 @@ import sys
 import time
 from typing import Any
 
-# What a refusal says of itself: "Ran out of memory ... Used 25.49G of 15.75G hbm", "... exceeds by 9.74G".
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What a refusal says of itself: "Ran out of memory ... Used 25.49G of 15.75G hbm", or, before anything is placed,
+# "... HLO temporaries (27.42G) exceeds available HBM (15.75G)".
+_USED = (
+    re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 # An H100 SXM as its driver describes it. XLA compiles for what stands here.
@@ -79,7 +83,7 @@ def compile_job(request: dict[str, Any]) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except Exception as error:
-        found = _USED.search(str(error))
+        found = next(filter(None, (pattern.search(str(error)) for pattern in _USED)), None)
         if found is None:
             raise
         used = float(found[1]) * _UNITS[found[2]]
