@@ -24,7 +24,7 @@ test: lint suite
 # The tests alone. TESTS picks some: make suite TESTS=tests/lift
 TESTS ?= tests
 suite: base
-	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot -m "not peers and not aot" -n $(WORKERS) --dist loadfile -q
+	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot -m "not peers and not aot" -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ def test_products_of_a_step_against_a_count_by_hand():
     assert lora_parameters(SMOLLM2, 16) == 4_884_480
 
 
+@pytest.mark.optimised
 def test_products_of_a_step_against_the_compiler():
     """One layer, since a loop's body is counted once; what the compiler has on top is element-wise."""
     side = Side()

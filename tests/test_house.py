@@ -93,6 +93,14 @@ def test_no_two_test_files_share_a_name():
     assert sorted(set(names)) == sorted(names)
 
 
+def test_tests_that_read_compiled_programs_compile_them_as_users_do():
+    reads = re.compile(r"\.compile\(\)|\.cost_analysis\(|\.memory_analysis\(")
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "aot" not in path.parts and path != Path(__file__) and reads.search(source):
+            assert "mark.optimised" in source, f"{path}: see tests/compiling.py"
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_knows_anybodys_machine(path):
     found = OWN_PATHS.search(path.read_text(encoding="utf-8"))

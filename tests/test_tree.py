@@ -66,6 +66,7 @@ def test_merging_factors_of_16_bits_rounds_nothing_in_between():
     np.testing.assert_allclose(back, base()["layers"]["q"]["kernel"], atol=1e-6)
 
 
+@pytest.mark.optimised
 def test_merge_is_the_base_plus_the_change_and_audit_tells_the_rounding():
     tree = adapted()
     leaf = tree["layers"]["q"]["kernel"]

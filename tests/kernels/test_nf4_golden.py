@@ -12,6 +12,8 @@ import pytest
 from lorax_kernels import nf4
 from lorax_kernels.nf4.mean import mean, total
 
+pytestmark = pytest.mark.optimised
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 _spec = importlib.util.spec_from_file_location("make_nf4", GOLDEN / "make_nf4.py")
 make = importlib.util.module_from_spec(_spec)

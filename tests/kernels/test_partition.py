@@ -31,6 +31,7 @@ def near(got, want):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("what", ["columns", "rows"])
 def test_split_weights_stay_where_they_are(platform, what):

@@ -14,6 +14,8 @@ from lorax_kernels import force, nf4, nf4_matmul, target
 from lorax_kernels.nf4_matmul import api, kernels
 from lorax_kernels.placement import Placement
 
+pytestmark = pytest.mark.optimised
+
 K, N, ROWS = 1024, 512, 8
 
 

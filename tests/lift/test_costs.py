@@ -8,10 +8,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lorax
 from lorax import LoraSpec, lift
 from lorax.models import Model, ModelConfig
+
+pytestmark = pytest.mark.optimised
 
 LAYERS, D, F, RANK = 5, 33, 49, 4
 

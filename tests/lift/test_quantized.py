@@ -146,6 +146,7 @@ def test_blocks_are_flat_in_some_cases_and_keep_the_axes_in_others():
     assert not any(quantised_base(case.name).array.is_regular for case in CASES[:3])
 
 
+@pytest.mark.optimised
 def test_a_lookup_dequantises_its_rows_alone():
     table = quantize({"embedding": x_table()}, targets="*")["embedding"]
     ids = jnp.array([[3, 1002, 3], [0, 7, 500]])
@@ -179,6 +180,7 @@ def test_nothing_of_the_base_has_a_gradient():
     assert np.asarray(grads.B).any()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("split_axis", ["in", "out"])
 def test_a_mesh_splits_the_codes(split_axis):
     """Codes and scales stay where they are: a product over split inputs ends in one sum, over split outputs in none."""

@@ -219,8 +219,8 @@ CASES = [
     Case("sharding constraint", (4, 5), IN_OUT, constrained, (x(3, 4),)),
     Case("shard_map, summed axis", (8, 5), IN_OUT, sharded, (x(3, 8),)),
     Case("shard_map, kept axis", (3, 8), IN_OUT, sharded_out, (x(5, 3),)),
-    Case("scan", (4, 3, 5), STACKED, run(lambda w: w), (0.3 * x(6, 3),), (1, 3), 0.1),
-    Case("scan, reversed", (4, 3, 5), STACKED, run(lambda w: w, reverse=True), (0.3 * x(6, 3),), (1,), 0.1),
+    Case("scan", (4, 3, 5), STACKED, run(lambda w: w), (0.15 * x(6, 3),), (1, 3), 0.1),
+    Case("scan, reversed", (4, 3, 5), STACKED, run(lambda w: w, reverse=True), (0.2 * x(6, 3),), (1,), 0.1),
     Case("scan, unrolled", (5, 3, 5), STACKED, run(lambda w: w, unroll=2), (0.3 * x(6, 3),), (1,), 0.1),
     Case("scan of scans", (2, 3, 3, 5), Axes((0, 1), (2,), (3,)), nested_scan, (0.3 * x(6, 3),), (1,), 0.1),
     Case(

@@ -164,9 +164,9 @@ def test_bfloat16_parameters_compute_in_bfloat16_close_to_float32():
 
 def test_a_model_of_70_billion_is_described_at_once_and_in_no_memory():
     config = ModelConfig("llama", 128256, 8192, 28672, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128)
-    start = time.perf_counter()
+    start = time.process_time()
     model = Model.abstract(config, jnp.bfloat16)
-    assert time.perf_counter() - start < 5  # well under a second on an idle machine
+    assert time.process_time() - start < 5  # well under a second, of this process's own
     assert sum(x.size for x in jax.tree.leaves(model.params)) == 70_553_706_496
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     assert jax.eval_shape(model.apply, model.params, ids).shape == (1, 8, 128256)

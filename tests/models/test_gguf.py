@@ -303,7 +303,7 @@ def whole_file():
 def outcome(path, data):
     """Open the file and load everything in it: done, or one LoraxError that names the file or the config."""
     path.write_bytes(data)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         source = open_checkpoint(path)
         load_params(source, ModelConfig.from_hf(source.config), np.float32)
@@ -311,7 +311,7 @@ def outcome(path, data):
         said = None
     except LoraxError as error:
         said = str(error)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     return said
 
 

@@ -20,6 +20,8 @@ from lorax.train.checkpoint import Checkpoints
 from lorax.train.step import init_state
 from lorax_kernels.nf4.codebooks import dynamic_map
 
+pytestmark = pytest.mark.optimised
+
 _spec = importlib.util.spec_from_file_location(
     "make_adam8bit", Path(__file__).parents[1] / "golden" / "make_adam8bit.py"
 )

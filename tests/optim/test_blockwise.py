@@ -22,6 +22,8 @@ from lorax.optim.blockwise import (
 )
 from lorax_kernels.nf4.codebooks import dynamic_map
 
+pytestmark = pytest.mark.optimised
+
 _spec = importlib.util.spec_from_file_location(
     "make_adam8bit", Path(__file__).parents[1] / "golden" / "make_adam8bit.py"
 )

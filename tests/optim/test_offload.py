@@ -19,6 +19,8 @@ from lorax.optim.offload import Folded, _to_device, _to_host
 from lorax.train.checkpoint import Checkpoints
 from lorax.train.step import init_state, make_step
 
+pytestmark = pytest.mark.optimised
+
 
 def tree(seed=0):
     a, b = jax.random.split(jax.random.key(seed))

@@ -8,6 +8,8 @@ import pytest
 
 from lorax import LoraSpec, adapt, join, lift, quantize, split
 
+pytestmark = pytest.mark.optimised
+
 LAYERS, WIDTH, ROWS = 6, 512, 8
 # One layer as a CPU multiplies it: 16-bit numbers are widened there. Chips' kernels write no such array at all.
 LAYER_BYTES = 4 * WIDTH * WIDTH

@@ -17,6 +17,8 @@ from lorax.sharding import batch_axes, follow, shard, shardings
 from lorax.train.objective import language_model_loss
 from lorax.train.step import init_state, make_step
 
+pytestmark = pytest.mark.optimised
+
 D, F, VOCAB, LAYERS = 256, 512, 136, 3
 CONFIG = ModelConfig("llama", VOCAB, D, F, LAYERS, num_heads=8, num_kv_heads=8, head_dim=32)
 ROWS, LENGTH = 8, 6

@@ -80,6 +80,7 @@ def test_chunks_without_a_counting_row_are_not_computed():
     np.testing.assert_allclose(value, whole(hidden, kernel, targets, weights), rtol=1e-6)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("head_trains", [True, False])
 def test_whole_logits_are_never_built(head_trains):
     hidden, kernel, targets, weights = problem(shape=(4, 16))
