@@ -19,10 +19,24 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The files that take longest, in the order in which workers should begin them: none is left for the end, where the
 # others would wait for it; and those compiled as users' programs are stand together.
-LONGEST = """
-    test_resume test_nf4_golden test_adam8bit test_blockwise test_offload test_costs test_sharded_step test_placement
-    test_quantized test_bench test_rules test_qlora test_runs test_decoder test_methods test_parity
-""".split()
+LONGEST = [
+    "test_resume",
+    "test_nf4_golden",
+    "test_adam8bit",
+    "test_blockwise",
+    "test_offload",
+    "test_costs",
+    "test_sharded_step",
+    "test_placement",
+    "test_quantized",
+    "test_bench",
+    "test_rules",
+    "test_qlora",
+    "test_runs",
+    "test_decoder",
+    "test_methods",
+    "test_parity",
+]
 
 
 def pytest_collection_modifyitems(items):
