@@ -17,11 +17,26 @@ from lorax.errors import LoraxError
 
 if TYPE_CHECKING:
     from lorax.adapt import adapt
+    from lorax.bank import Bank
     from lorax.combine import Extracted, combine, extract_lora
     from lorax.dropout import dropout
     from lorax.io.peft import load_adapter, save_adapter
     from lorax.lift import lift
     from lorax.masks import mask, optimizer
+    from lorax.multi import (
+        adapter_ids,
+        adapter_names,
+        add_adapter,
+        bank_optimizer,
+        bank_step,
+        compact_bank,
+        remove_adapter,
+        replace_adapter,
+        reset_adapter,
+        select,
+        stack,
+        unstack,
+    )
     from lorax.quant import Quantized, QuantSpec, dequantize, loftq, quantize, requantize
     from lorax.rebase import rebase
     from lorax.report import report
@@ -36,6 +51,7 @@ if TYPE_CHECKING:
 # name -> the module that defines it
 _HOME = {
     "Axes": "weights",
+    "Bank": "bank",
     "Change": "weights",
     "Concat": "weights",
     "Dora": "variants.dora",
@@ -48,8 +64,14 @@ _HOME = {
     "Quantized": "quant",
     "Vera": "variants.vera",
     "adapt": "adapt",
+    "adapter_ids": "multi",
+    "adapter_names": "multi",
+    "add_adapter": "multi",
     "attach": "tree",
+    "bank_optimizer": "multi",
+    "bank_step": "multi",
     "combine": "combine",
+    "compact_bank": "multi",
     "dequantize": "quant",
     "dropout": "dropout",
     "extract": "tree",
@@ -64,17 +86,24 @@ _HOME = {
     "optimizer": "masks",
     "quantize": "quant",
     "rebase": "rebase",
+    "remove_adapter": "multi",
+    "replace_adapter": "multi",
     "report": "report",
     "requantize": "quant",
+    "reset_adapter": "multi",
     "save_adapter": "io.peft",
+    "select": "multi",
     "split": "tree",
+    "stack": "multi",
     "unmerge": "tree",
+    "unstack": "multi",
 }
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Axes",
+    "Bank",
     "Change",
     "Concat",
     "Dora",
@@ -88,8 +117,14 @@ __all__ = [
     "Quantized",
     "Vera",
     "adapt",
+    "adapter_ids",
+    "adapter_names",
+    "add_adapter",
     "attach",
+    "bank_optimizer",
+    "bank_step",
     "combine",
+    "compact_bank",
     "dequantize",
     "dropout",
     "extract",
@@ -104,11 +139,17 @@ __all__ = [
     "optimizer",
     "quantize",
     "rebase",
+    "remove_adapter",
+    "replace_adapter",
     "report",
     "requantize",
+    "reset_adapter",
     "save_adapter",
+    "select",
     "split",
+    "stack",
     "unmerge",
+    "unstack",
 ]
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax.bank import Bank
 from lorax.choose import choose, is_all_linear, is_floating_matrix, is_head, linear_by_name
 from lorax.errors import LoraxError
 from lorax.lift.inputs import second_moments
@@ -99,7 +100,7 @@ def adapt(
 def _check_plain(named: Sequence[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for path, leaf in named:
-        if isinstance(leaf, (Change, Full)):
+        if isinstance(leaf, (Change, Full, Bank)):
             raise LoraxError(f"{path}: is adapted already; merge it, or adapt the plain tree with one spec for all")
         if path in seen:
             raise LoraxError(f"{path}: two leaves have this path, so no pattern can tell them apart")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from lorax.bank import Bank
 from lorax.quantized import Quantized
 from lorax.tree import named_leaves, pick
 from lorax.weights import Change, Concat, Full
@@ -120,7 +121,7 @@ def report(params: Any) -> Report:
     return Report(tuple(_row(path, leaf) for path, leaf in named_leaves(params)))
 
 
-_KINDS = {Quantized: "quantised", Full: "full", Concat: "pieces"}
+_KINDS = {Quantized: "quantised", Full: "full", Concat: "pieces", Bank: "bank"}
 
 
 def _row(path: str, leaf: Any) -> Row:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax.bank import Bank, Selected
 from lorax.choose import choose
 from lorax.errors import LoraxError
 from lorax.paths import Pattern, as_patterns, path_of
@@ -122,6 +123,8 @@ def merge(params: Any, audit: bool = False) -> Any:
     errors: dict[str, float] = {}
 
     def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, (Bank, Selected)):
+            raise LoraxError(f"{path}: is a bank of many adapters; take one out with lorax.unstack, and merge that")
         if isinstance(leaf, Change) and leaf.base is None:
             raise LoraxError(f"{path}: an adapter without its base cannot be merged; attach it first")
         merged = dense(leaf)
@@ -203,6 +206,8 @@ def extract(params: Any) -> Any:
     """
 
     def without_base(leaf: Any) -> Any:
+        if isinstance(leaf, Bank):
+            return replace(leaf, base=None)
         if isinstance(leaf, Change):
             return leaf.with_base(None)
         if isinstance(leaf, Concat):
@@ -251,6 +256,8 @@ def _check_paths(base: Any, changes: dict[str, Any]) -> None:
 
 
 def _put(path: str, leaf: Any, change: Any) -> Any:
+    if isinstance(change, Bank):
+        return replace(change, base=leaf)
     if isinstance(change, Change):
         return change.with_base(leaf)
     if isinstance(change, Concat):

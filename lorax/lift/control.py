@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.lift import compat
+from lorax.lift.banked import Whole
 from lorax.lift.interpreter import Interpreter, control
 from lorax.lift.rules.pieces import cut
 from lorax.lift.values import Pieces, Unsupported, Value
@@ -142,12 +143,13 @@ class _Slot:
 
     def __init__(self, x: Any, length: int):
         x = x.before_scan() if isinstance(x, Value) else x
-        leaves, self.treedef = jax.tree_util.tree_flatten(x)
-        self.scanned = [leaf.ndim > 0 and leaf.shape[0] == length for leaf in leaves]
+        # What a bank keeps whole is the same in every step, whatever the length of its first axis.
+        leaves, self.treedef = jax.tree_util.tree_flatten(x, is_leaf=lambda node: isinstance(node, Whole))
+        self.scanned = [not isinstance(leaf, Whole) and leaf.ndim > 0 and leaf.shape[0] == length for leaf in leaves]
         self.rows = [leaf for leaf, rows in zip(leaves, self.scanned, strict=True) if rows]
         # A factor that does not vary along the scanned axis has size one there; a scalar has no such axis.
         fixed = [leaf for leaf, rows in zip(leaves, self.scanned, strict=True) if not rows]
-        self.fixed = [jnp.squeeze(leaf, 0) if leaf.ndim else leaf for leaf in fixed]
+        self.fixed = [leaf if isinstance(leaf, Whole) or not leaf.ndim else jnp.squeeze(leaf, 0) for leaf in fixed]
 
     def rebuild(self, rows: list[Any]) -> Any:
         """The operand of one step."""

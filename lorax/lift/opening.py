@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax.bank import Bank, Selected
 from lorax.dropout import Dropped
+from lorax.errors import LoraxError
+from lorax.lift.banked import Banked
 from lorax.lift.deferred import Normed, Shared
 from lorax.lift.packed import Packed
 from lorax.lift.values import Factored, Pieces
@@ -26,6 +29,10 @@ def open_leaf(leaf: Any, path: str) -> Any:
         return Pieces(tuple(open_leaf(part, path) for part in leaf.parts), path)
     if isinstance(leaf, LowRank):
         return _open_low_rank(leaf, path)
+    if isinstance(leaf, Selected):
+        return _open_selected(leaf, path)
+    if isinstance(leaf, Bank):
+        raise LoraxError(f"{path}: holds the changes of {leaf.slots} adapters; lorax.select says which one acts")
     if isinstance(leaf, Quantized):
         return Packed.open(leaf, path)
     if isinstance(leaf, Dora):
@@ -36,6 +43,12 @@ def open_leaf(leaf: Any, path: str) -> Any:
         key = _broadcast(leaf.key, leaf.axes, "stack")
         return replace(open_leaf(leaf.weight, path), key=key, rate=leaf.weight.dropout)
     return leaf
+
+
+def _open_selected(leaf: Selected, path: str) -> Banked:
+    if leaf.bank.base is None:
+        raise LoraxError(f"{path}: a bank without its base computes nothing; lorax.attach(base, bank) first")
+    return Banked.open(leaf, open_leaf(leaf.bank.base, path), path)
 
 
 def _open_low_rank(leaf: LowRank, path: str) -> Factored:

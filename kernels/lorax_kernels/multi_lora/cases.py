@@ -70,7 +70,7 @@ def ids(case: Case, seed: int = 0) -> Int[Array, "groups"]:
 
 
 def arrays(case: Case, gap: int = 0, seed: int = 0, dtype: str = "float32") -> tuple[Array, Array, Array, Array]:
-    """x (groups, rows, k), a (total, k), b (total, n) and y (groups, rows, n) of a case; products near unit size."""
+    """x (groups, rows, k), a (total, k), b (total, n), y (groups, rows, n) of a case; products of about unit size."""
     draw = np.random.default_rng(seed + 1).standard_normal
     total = sum(case.ranks) + gap * len(case.ranks)
     x, y = draw((case.groups, case.rows, case.k)), draw((case.groups, case.rows, case.n))

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -73,14 +74,11 @@ def _choose(op: str, groups: int, rows: int, k: int, n: int, total: int, dtype: 
 
 def _alike(operands: tuple[Any, ...]) -> tuple[Any, ...]:
     """Inside shard_map, operands that vary over the same mesh axes: the cast's transpose is the sum over devices."""
-    axes = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in operands))
-    if not axes:
-        return operands
-    out = []
-    for x in operands:
-        missing = tuple(sorted(axes - jax.typeof(x).vma))
-        out.append(jax.lax.pcast(x, missing, to="varying") if missing else x)
-    return tuple(out)
+    varying = [jax.typeof(x).mat.varying for x in operands]
+    axes = frozenset().union(*varying)
+    missing = [tuple(sorted(axes - mine)) for mine in varying]
+    cast = lambda x, axes: jax.lax.pcast(x, axes, to="varying") if axes else x  # noqa: E731
+    return tuple(map(cast, operands, missing))
 
 
 def _run_apply(*operands: jax.Array, options: Options) -> jax.Array:
@@ -110,7 +108,14 @@ def _jitted(run: Any) -> Any:
 def _define(primitive: Primitive, run: Any, shape: Any) -> None:
     primitive.def_impl(lambda *operands, options: _jitted(run)(*operands, options=options))
     primitive.def_abstract_eval(shape)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    lower = mlir.lower_fun(run, multiple_results=False)
+
+    def rule(ctx: Any, *operands: Any, options: Options) -> Any:
+        # What varies over which mesh axis has been settled: a backend sees one device's arrays.
+        plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        return lower(ctx.replace(avals_in=plain), *operands, options=options)
+
+    mlir.register_lowering(primitive, rule)
 
 
 def _apply_shape(*avals: Any, options: Options) -> Any:

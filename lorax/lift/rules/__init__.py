@@ -7,8 +7,9 @@ elementwise  casts, copies, constants, constraints: a weight in, a weight out
 pieces       weights cut along axis 0
 packed       quantised weights
 scaled       weights times the lengths of their columns
+banked       weights with the changes of many adapters
 """
 
-from lorax.lift.rules import elementwise, lookups, packed, pieces, products, scaled, shapes
+from lorax.lift.rules import banked, elementwise, lookups, packed, pieces, products, scaled, shapes
 
-__all__ = ["elementwise", "lookups", "packed", "pieces", "products", "scaled", "shapes"]
+__all__ = ["banked", "elementwise", "lookups", "packed", "pieces", "products", "scaled", "shapes"]
