@@ -13,14 +13,15 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_there_is_one_example_for_linen_and_one_for_nnx():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
     assert "linen" in BLOCKS[0]
     assert "nnx.merge" in BLOCKS[1]
+    assert "lorax.stack" in BLOCKS[2]
     # "Twenty lines": what a reader takes in at once.
     assert all(len([line for line in block.splitlines() if line.strip()]) <= 26 for block in BLOCKS)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["linen", "nnx"])
+@pytest.mark.parametrize("block", BLOCKS[:2], ids=["linen", "nnx"])
 def test_example_runs(block, capsys):
     scope: dict = {}
     exec(compile(block, "README.md", "exec"), scope)
@@ -31,6 +32,17 @@ def test_example_runs(block, capsys):
     assert all(bool(jnp.isfinite(m)) for m in moved)
     # After one step every trained array has moved, and a B that stayed zero would be seen here.
     assert min(float(m) for m in moved) > 0
+
+
+def test_the_example_of_many_adapters_runs():
+    scope: dict = {}
+    exec(compile(BLOCKS[2], "README.md", "exec"), scope)
+    import numpy as np
+
+    assert scope["lorax"].adapter_names(scope["params"]) == ["legal", "medical", "support", None]
+    assert scope["state"].count.tolist() == [1, 1, 0, 0]
+    # After one step B is no longer zero, so the merged weight is another one.
+    assert not np.allclose(scope["legal"]["up"], scope["base"]["up"])
 
 
 def test_commands_of_the_readme_exist():

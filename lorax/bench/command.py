@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
-from lorax.bench import nf4, record, train_step
+from lorax.bench import multi, nf4, record, train_step
+from lorax.bench.multi import MultiConfig
 from lorax.bench.nf4 import Nf4Config
 from lorax.bench.train_step import BenchConfig
 
@@ -19,11 +20,12 @@ class Args:
 
     train: the LoRA and QLoRA steps against PEFT, full fine-tuning and their own floor.
     nf4: quantise, dequantise and multiply against bitsandbytes.
+    multi: many adapters in one batch, forward and training, against the base alone and PEFT.
 
     Example: lorax bench train --peer-python .venv-peers/bin/python --out bench.json
     """
 
-    what: tyro.conf.Positional[Literal["train", "nf4"]]
+    what: tyro.conf.Positional[Literal["train", "nf4", "multi"]]
     """What to measure."""
     config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
     out: str | None = None
@@ -34,7 +36,8 @@ class Args:
     def run(self, words: Sequence[str]) -> None:
         from lorax.cli.output import print_json, print_table
 
-        result = train_step.run(self.config) if self.what == "train" else nf4.run(self._nf4())
+        runs = {"train": lambda: train_step.run(self.config), "nf4": lambda: nf4.run(self._nf4())}
+        result = runs.get(self.what, lambda: multi.run(self._multi()))()
         if self.out is not None:
             record.write(self.out, result)
         if self.json:
@@ -49,6 +52,12 @@ class Args:
         c = self.config
         rounds = {} if c.rounds == BenchConfig.rounds else {"rounds": c.rounds}
         return Nf4Config(threads=c.threads, peer_python=c.peer_python, seed=c.seed, **rounds)
+
+    def _multi(self) -> MultiConfig:
+        """Likewise; batch and length are the benchmark's own unless they are given."""
+        c, d = self.config, BenchConfig()
+        names = ("batch_size", "seq_len", "rounds", "base", "threads", "peer_python", "seed")
+        return MultiConfig(**{name: getattr(c, name) for name in names if getattr(c, name) != getattr(d, name)})
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -89,6 +89,14 @@ def replace_adapter(params: Any, name: str, adapter: Any, align: int = 1) -> Any
 
     Raises:
         LoraxError: as `add_adapter`, or no adapter of this name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((9, 7))}, lorax.LoraSpec(targets="w", rank=2))
+        >>> bank = lorax.stack({"one": adapted, "two": adapted})
+        >>> small = lorax.adapt(jax.random.key(1), {"w": jnp.ones((9, 7))}, lorax.LoraSpec(targets="w", rank=1))
+        >>> lorax.replace_adapter(bank, "one", small)["w"].rank.tolist()
+        [1, 2]
     """
     slot = slot_of(params, name, "replace_adapter")
     return _put(params, slot, name, low_rank_leaves(name, adapter), align)
@@ -99,6 +107,13 @@ def remove_adapter(params: Any, name: str) -> Any:
 
     Raises:
         LoraxError: no adapter of this name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((9, 7))}, lorax.LoraSpec(targets="w", rank=2))
+        >>> bank = lorax.stack({"one": adapted, "two": adapted})
+        >>> lorax.adapter_names(lorax.remove_adapter(bank, "one"))
+        [None, 'two']
     """
     slot = slot_of(params, name, "remove_adapter")
     return _put(params, slot, None, {}, 1)
@@ -213,6 +228,13 @@ def compact_bank(params: Any) -> Any:
 
     Raises:
         LoraxError: no bank in the tree, or inside a trace.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax
+        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((9, 7))}, lorax.LoraSpec(targets="w", rank=2))
+        >>> bank = lorax.stack({"one": adapted, "two": adapted})
+        >>> lorax.compact_bank(lorax.remove_adapter(bank, "one"))["w"].start.tolist()
+        [0, 0]
     """
     found = banks(params, "compact_bank")
     slot_names(params, "compact_bank")

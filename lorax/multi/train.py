@@ -217,6 +217,15 @@ def reset_adapter(state: BankState, params: Any, which: str | int, tx: optax.Gra
 
     Raises:
         LoraxError: no such adapter.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax, optax
+        >>> base = {"w": jnp.ones((9, 7))}
+        >>> adapted = lorax.adapt(jax.random.key(0), base, lorax.LoraSpec(targets="w", rank=2))
+        >>> params = lorax.attach(base, lorax.stack({"one": adapted, "two": adapted}))
+        >>> tx = lorax.bank_optimizer(optax.adam, params, 1e-3)
+        >>> lorax.reset_adapter(tx.init(params), params, "two", tx).count.tolist()
+        [0, 0]
     """
     slot, fresh = slot_of(params, which, "reset_adapter"), tx.init(params)
     found = banks(params, "reset_adapter")
