@@ -58,17 +58,22 @@ def load_block(
     n = n0 + tl.arange(0, BN)
     byte = k0 // 2 + tl.arange(0, BK // 2)
     at = codes + n[:, None] * (K // 2) + byte[None, :]
-    if (N % BN == 0) and (K % BK == 0):
+    whole: tl.constexpr = (N % BN == 0) and (K % BK == 0)
+    if whole:
         packed = tl.load(at).to(tl.int32)
     else:
         packed = tl.load(at, mask=(n[:, None] < N) & (byte[None, :] < K // 2), other=0x77).to(tl.int32)
     if BS >= BK:
         # A block of scales covers the whole tile: one scale a row.
-        scale = tl.load(scales + n * (K // BS) + k0 // BS, mask=n < N, other=0.0)
+        where = scales + n * (K // BS) + k0 // BS
+        scale = tl.load(where) if whole else tl.load(where, mask=n < N, other=0.0)
     else:
         block = k0 // BS + tl.arange(0, BK // BS)
         where = scales + n[:, None] * (K // BS) + block[None, :]
-        scale = tl.load(where, mask=(n[:, None] < N) & (block[None, :] < K // BS), other=0.0)
+        if whole:
+            scale = tl.load(where)
+        else:
+            scale = tl.load(where, mask=(n[:, None] < N) & (block[None, :] < K // BS), other=0.0)
     # Each half is rounded before they are joined: a tile in float32 would take twice the registers.
     even = scaled(nf4_values(packed >> 4), scale, BS, BN, BK).to(dtype)
     odd = scaled(nf4_values(packed & 15), scale, BS, BN, BK).to(dtype)

@@ -70,11 +70,14 @@ def plan(transposed: bool, m: int, k: int, n: int, itemsize: int, rank: int, cap
         most = max(1, contracted // 512)
         spare = least_bytes(m, k, n, itemsize, rank) // 10
         split = max(1, min(4, most, _BLOCKS_WANTED // (2 * tiles), spare // (8 * m * free)))
-        return Plan(
-            transposed, m, free, contracted, padded_rank, split, rows, 64, 128 if itemsize == 2 else 64, 4, 3, itemsize
-        )
+        # Steps that divide C need no mask: whole blocks of 64 do, twice as many where they fit.
+        depth = 64 if itemsize == 4 or contracted % 128 else 128
+        return Plan(transposed, m, free, contracted, padded_rank, split, rows, 64, depth, 4, 3, itemsize)
     wide = itemsize == 4
     height = 64 if wide or (rank and capability < 100) else 128
+    if contracted * itemsize % 16:
+        # Rows of x that begin at odd places are loaded number by number, each with an address of its own in registers.
+        height = 64 if capability >= 90 else 32
     depth = 32 if wide and transposed else 64
     return Plan(transposed, m, free, contracted, padded_rank, 1, height, 128, depth, 8, 2, itemsize)
 

@@ -63,8 +63,8 @@ def compile_for(program: Program, capability: int) -> dict[str, Any]:
 
     Returns:
         registers, stack, local, shared (bytes), `tensor_core` (its product instruction, None without one), `loads` and
-        `stores`: how many instructions of each width in bytes. Scales are loads of 4 bytes (8 for two of a row), as is
-        a factor's last part; x and codes must be loads of 16.
+        `stores`: how many instructions of each width in bytes, scales and factors included; `narrowest`: the bytes of
+        the narrowest load of x and of the codes.
     """
     import triton  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
@@ -113,7 +113,40 @@ def _read(built: Any, capability: int) -> dict[str, Any]:
         "tensor_core": next((name for name in TENSOR_CORES if name in code), None),
         "loads": {str(width): loads.count(width) for width in sorted(set(loads))},
         "stores": {str(width): stores.count(width) for width in sorted(set(stores))},
+        "narrowest": _narrowest(built.asm["ptx"]),
     }
+
+
+# The lines of the kernels that load x and codes.
+_OPERANDS = {"x": "left = load_tile(", "codes": "packed = tl.load("}
+
+
+def _narrowest(ptx: str) -> dict[str, int]:
+    """The fewest bytes that one load of an operand takes, by the source lines that the program's loads name."""
+    from lorax_kernels.nf4_matmul import triton_kernels
+
+    source = Path(triton_kernels.__file__).read_text().splitlines()
+    lines = {what: {i for i, line in enumerate(source, 1) if text in line} for what, text in _OPERANDS.items()}
+    found: dict[str, list[int]] = {}
+    here: set[int] = set()
+    for line in ptx.splitlines():
+        if ".loc\t" in line:
+            # The line itself, and the one that called its function.
+            here = {int(number) for number in re.findall(r"(?:\.loc\t|inlined_at )\d+ (\d+)", line)}
+        width = _loaded(line)
+        for what in _OPERANDS if width else ():
+            if here & lines[what]:
+                found.setdefault(what, []).append(width)
+    return {what: min(widths) for what, widths in found.items()}
+
+
+def _loaded(line: str) -> int:
+    """Bytes that an instruction of a PTX program loads for a thread; 0 if it loads nothing from device memory."""
+    copied = re.search(r"cp\.async\.c[ag]\.shared\.global .*], (0x[0-9a-f]+)", line)
+    if copied:
+        return int(copied[1], 16)
+    loaded = re.search(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+) ", line)
+    return int(loaded[1] or 1) * int(loaded[2]) // 8 if loaded else 0
 
 
 def _said(*command: Any) -> str:
