@@ -102,9 +102,12 @@ def force(name: str, op: str | None = None) -> Iterator[None]:
     """Use one backend, for one operation or for all, whatever the table would choose.
 
     Raises:
-        ValueError: no backend of that name; and later, where the operation is traced, if it cannot serve the case.
+        ValueError: no backend or operation of that name; and later, where the operation is traced, if it cannot serve
+            the case.
     """
     _known(name)
+    if op is not None:
+        _known_op(op)
     token = _FORCED.set({**_FORCED.get({}), op or "*": name})
     try:
         yield
@@ -154,10 +157,8 @@ def explain(op: str, shapes: Shapes, platform: str | None = None, chip: str = ""
     Raises:
         ValueError: an unknown operation, or a forced backend that cannot serve the case.
     """
+    _known_op(op)
     rows = backends(op)
-    if not rows:
-        known = sorted({name for backend in _TABLE for name in backend.ops})
-        raise ValueError(f"{op!r} is no operation of the table; choose one of {', '.join(known)}")
     if platform is None:
         platform, chip = current_target()
     forced = forced_backend(op)
@@ -205,9 +206,17 @@ def forced_backend(op: str) -> str | None:
         return forced.get(op, forced.get("*"))
     for part in filter(None, os.environ.get(ENVIRONMENT, "").split(",")):
         key, _, value = part.rpartition("=")
-        if key in ("", op):
-            return _known(value)
+        if key and _known_op(key) != op:
+            continue
+        return _known(value)
     return None
+
+
+def _known_op(op: str) -> str:
+    known = sorted({name for backend in _TABLE for name in backend.ops})
+    if op not in known:
+        raise ValueError(f"{op!r} is no operation of the table; choose one of {', '.join(known)}")
+    return op
 
 
 def _known(name: str) -> str:

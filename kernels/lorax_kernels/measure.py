@@ -1,12 +1,14 @@
 """Measured times on the chip that is here, and which implementation to take: one command for whoever has one.
 
-    python -m lorax_kernels.measure [OUT.json] [--cases 4096x4096,14336x4096]   # pip install lorax-flax[tpu]
+    python -m lorax_kernels.measure [OUT.json] [--cases 4096x4096,14336x4096] [--rows 16,2048] [--rounds 7]
 
-Each case is timed with every implementation that serves it, in turns, beside the bf16 product of the same shape.
+Needs `pip install lorax-flax[tpu]` (or `[cuda]`) and nothing else. Each case is timed with every implementation that
+serves it, in turns, beside the product with a dense weight of the same shape (bfloat16; float32 on a CPU).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -62,23 +64,39 @@ def times(runs: dict[str, Any], rounds: int = ROUNDS, repeats: int = REPEATS) ->
 
 
 def main(words: list[str]) -> None:
-    path = next((word for word in words if word.endswith(".json")), "measured.json")
-    chosen = words[words.index("--cases") + 1].split(",") if "--cases" in words else None
+    """Measure, print a line for each case, and write all of it.
+
+    Raises:
+        SystemExit: arguments that make no sense; says which.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lorax_kernels.measure", description=__doc__)
+    parser.add_argument("out", nargs="?", default="measured.json")
+    parser.add_argument("--cases", help="K x N of some cases, 4096x4096,14336x4096; all of them without it")
+    parser.add_argument("--rows", default=f"{DECODE_ROWS},{TRAIN_ROWS}", help="rows of x")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="times that each implementation takes its turn")
+    given = parser.parse_args(words)
+    shapes = [(k, n) for _, k, n in CASES]
+    if given.cases is not None:
+        known = {f"{k}x{n}": (k, n) for k, n in shapes}
+        unknown = [word for word in given.cases.split(",") if word not in known]
+        if unknown:
+            parser.error(f"{unknown[0]!r} is none of the cases: {', '.join(known)}")
+        shapes = [known[word] for word in given.cases.split(",")]
+    if given.rounds < 1 or not all(word.isdigit() and int(word) for word in given.rows.split(",")):
+        parser.error("--rows and --rounds are whole numbers of at least 1")
     device, dtype = jax.devices()[0], jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     rows = []
-    for _, k, n in CASES:
-        if chosen is not None and f"{k}x{n}" not in chosen:
-            continue
-        for m in (DECODE_ROWS, TRAIN_ROWS):
+    for k, n in shapes:
+        for m in map(int, given.rows.split(",")):
             for op in ("nf4_matmul", "nf4_matmul_t"):
-                seconds = times(programs(op, m, k, n, dtype))
+                seconds = times(programs(op, m, k, n, dtype), given.rounds)
                 best = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
                 rows.append({"op": op, "m": m, "k": k, "n": n, "seconds": seconds, "best": best})
                 print(
                     f"{op} {m}x{k}x{n}: {best}, {seconds[best] / seconds['dense']:.2f} of the dense product", flush=True
                 )
     about = {"device": device.device_kind, "target": current_target(), "dtype": jnp.dtype(dtype).name}
-    Path(path).write_text(json.dumps({**about, "jax": jax.__version__, "rows": rows}, indent=1) + "\n")
+    Path(given.out).write_text(json.dumps({**about, "jax": jax.__version__, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ def test_what_is_forced_and_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.setenv("LORAX_KERNELS", "fast")
     with pytest.raises(ValueError, match="'fast' is no backend"):
         explain("nf4_matmul", CASE, "cpu")
+    monkeypatch.setenv("LORAX_KERNELS", "nf4_matmull=xla")
+    with pytest.raises(ValueError, match="'nf4_matmull' is no operation"):
+        explain("nf4_matmul", CASE, "cpu")
+    with pytest.raises(ValueError, match="'mul' is no operation"), force("xla", "mul"):
+        pass
 
 
 def test_an_unknown_operation_names_the_known_ones():

@@ -165,5 +165,6 @@ def quantize_scales(
 
 def _int8(x: Float32[Array, "*rows n"]) -> tuple[Array, Float32[Array, "*rows"]]:
     absmax = jnp.max(jnp.abs(x), axis=-1)
-    factor = 127.0 / jnp.where(absmax == 0, jnp.float32(1), absmax)
+    # A row of zeros, or of numbers so small that 127 / absmax is no float32, is a row of zeros.
+    factor = 127.0 / jnp.where(absmax < 1e-36, jnp.float32(jnp.inf), absmax)
     return jnp.round(x * factor[..., None]).astype(jnp.int8), absmax
