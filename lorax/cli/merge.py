@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorax.cli.output import print_json
-from lorax.cli.source import find, open_model
+from lorax.cli.source import Source, find, open_model
 from lorax.errors import LoraxError
 
 
@@ -26,8 +26,8 @@ class Args:
     base: str | None = None
     """The base model; by default the one that the adapter was trained on."""
     into: Literal["original", "dequantized", "requantized"] = "original"
-    """Of a QLoRA run: add the change to the base as its file has it, to the dequantised 4-bit base (what training saw),
-    or to that and quantise the sum again."""
+    """Of a QLoRA run: add what training changed to the base as its file has it, to the dequantised 4-bit base (what
+    training saw), or to that and quantise the sum again."""
     json: bool = False
     """Print one JSON object."""
 
@@ -38,16 +38,12 @@ class Args:
         source = find(self.base, self.adapter)
         if source.adapter is None:
             raise LoraxError(f"{self.adapter}: that run trained whole weights; {source.base} is already one model")
-        if self.into == "original" and source.loftq:
-            raise LoraxError(
-                f"{self.adapter}: LoftQ fitted the factors to its own quantised base, and over the original they would "
-                "add its error; take --into dequantized or requantized"
-            )
+        original = self._original(source)
         from lorax.models import save_hf
 
-        model, params = open_model(source, packed=self.into != "original")
-        self._check(params)
-        tree, losses = _merged(params, self.into)
+        model, params = open_model(source, packed=self.into != "original" or source.loftq)
+        self._check(params, original is not None)
+        tree, losses = _merged(params, self.into, original)
         save_hf(out, model, tree)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         report = {"out": str(out), "base": source.base, "adapter": str(source.adapter), "bytes": size}
@@ -65,15 +61,28 @@ class Args:
                 f"{losses[worst]:.2f} times at worst ({worst}): 0 would keep all of it"
             )
 
-    def _check(self, params: Any) -> None:
-        """Whether --into makes sense for the base that was loaded."""
+    def _original(self, source: Source) -> Any:
+        """The files of the base before it was quantised, where LoftQ's start must be taken off again; else None."""
+        if self.into != "original" or not source.loftq:
+            return None
+        if source.original is None:
+            raise LoraxError(
+                f"{self.adapter}: LoftQ fitted the factors to its own quantised base, and the run that knows what that "
+                "was made from is not here; take --into dequantized or requantized"
+            )
+        from lorax.models import Original
+
+        return Original(source.original, source.dtype)
+
+    def _check(self, params: Any, known: bool) -> None:
+        """Whether --into makes sense for the base that was loaded. known: what it was quantised from is at hand."""
         from lorax.quant import Quantized
         from lorax.tree import named_leaves
         from lorax.weights import Change
 
         changed = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, Change)]
         packed = any(isinstance(leaf.base, Quantized) for leaf in changed)
-        if packed and self.into == "original":
+        if packed and self.into == "original" and not known:
             raise LoraxError(
                 f"{self.adapter}: its base is a file in 4 bits, and there is no other original; "
                 "take --into dequantized or requantized"
@@ -82,8 +91,11 @@ class Args:
             raise LoraxError(f"--into {self.into}: {self.adapter} was trained over a base that is not quantised")
 
 
-def _merged(params: Any, into: str) -> tuple[Any, dict[str, float]]:
+def _merged(params: Any, into: str, original: Any) -> tuple[Any, dict[str, float]]:
     """The tree to save, and what quantising again costs each weight."""
     from lorax import merge, requantize
+    from lorax.quant import merge_trained
 
+    if original is not None:
+        return merge_trained(params, original), {}
     return requantize(params) if into == "requantized" else (merge(params), {})

@@ -15,16 +15,20 @@ class Source(NamedTuple):
     """A base by name, the folder of an adapter over it (None for the base alone), and the run that made it.
 
     trained: the settings of the run, where the adapter lies in one.
+    loftq: whether LoftQ fitted the adapter to its quantised base.
+    own: whether that base is one of the run's own, in few bits as it lies there.
     """
 
     base: str
     adapter: Path | None
     trained: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    loftq: bool = False
+    own: bool = False
 
     @property
-    def loftq(self) -> bool:
-        """Whether the adapter's base was quantised for it, and lies beside it."""
-        return bool(self.trained.get("loftq"))
+    def original(self) -> str | None:
+        """The base before it was quantised; None where only the run knew."""
+        return self.trained.get("base") if self.own else self.base
 
     @property
     def quantised(self) -> bool:
@@ -38,11 +42,16 @@ class Source(NamedTuple):
 
     def spec(self) -> Any:
         """How the base was packed while it was loaded for training; None if it was not."""
-        if not self.quantised or self.loftq:
+        if self.own or not (self.quantised or self.loftq):
             return None
         from lorax.quant import QuantSpec
 
         c = self.trained
+        if not c:
+            # An adapter without its run: its own notes say what its factors fit.
+            assert self.adapter is not None
+            format, block, *double = str(_fitted(self.adapter)[1] or "nf4/64/double").split("/")
+            return QuantSpec(format, bool(double), int(block))
         try:
             return QuantSpec(c["quant"], c["double_quant"], c["quant_block"])
         except KeyError as error:
@@ -75,16 +84,27 @@ def find(base: str | None, adapter: str | None) -> Source:
 def _over(base: str | None, adapter: Path, run: Path) -> Source:
     """An adapter and its base: the quantised one that a LoftQ run wrote beside it, or one by name."""
     settings = _settings(run / "run.json")
-    if settings.get("loftq"):
-        own = run / "base"
+    turns, _ = _fitted(adapter)
+    if turns > 1:
+        own = run / "base" if settings else Path(_named_by(adapter / "adapter_config.json"))
         if base is not None and Path(base).resolve() != own.resolve():
             raise LoraxError(
                 f"{adapter}: LoftQ fitted it to the quantised base in {own}, and to no other; leave --base out"
             )
-        return Source(str(own), adapter, settings)
-    if base is not None:
-        return Source(base, adapter, settings)
-    return Source(settings.get("base") or _named_by(adapter / "adapter_config.json"), adapter, settings)
+        return Source(str(own), adapter, settings, loftq=True, own=True)
+    name = base if base is not None else settings.get("base") or _named_by(adapter / "adapter_config.json")
+    return Source(name, adapter, settings, loftq=turns > 0)
+
+
+def _fitted(adapter: Path) -> tuple[int, str | None]:
+    """LoftQ's turns, and how the base was quantised, by the adapter's own notes; (0, None) for one of PEFT's."""
+    from lorax.io import peft_meta  # as late as the weights: `lorax merge --help` needs none of it
+
+    file = adapter / peft_meta.FILE
+    if not file.is_file():
+        return 0, None
+    notes = peft_meta.read(file)
+    return notes.loftq, notes.quantised
 
 
 def _settings(record: Path) -> dict[str, Any]:

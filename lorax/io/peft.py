@@ -24,6 +24,7 @@ from lorax.io.peft_meta import Entry
 from lorax.io.peft_names import slot_of
 from lorax.io.peft_read import CONFIG, WEIGHTS, read_adapter
 from lorax.io.peft_write import Writer
+from lorax.quantized import Quantized
 from lorax.tree import attach, named_leaves
 from lorax.variants.dora import Dora
 from lorax.weights import Axes, Change, Concat, Full, LowRank, is_structured
@@ -32,7 +33,7 @@ from lorax.weights import Axes, Change, Concat, Full, LowRank, is_structured
 _OURS = {CONFIG, WEIGHTS, peft_meta.FILE, "README.md"}
 
 
-def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None) -> None:
+def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None, loftq: int = 0) -> None:
     """Write what an adapted tree changes, whole or not at all, in PEFT's format.
 
     Low-rank changes become `lora_A (rank, in)` and `lora_B (out, rank)` of each layer, with a `lora_magnitude_vector
@@ -43,10 +44,12 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None)
         path: a folder; one that holds an adapter is replaced.
         params: an adapted tree, or what `extract` took off one (then the base's fingerprint is left out).
         base_name: the base model's name or folder, for PEFT and for `lorax generate`.
+        loftq: how many turns of LoftQ the factors started with. They belong to the quantised base that is in the tree
+            then, which is written down, and `load_adapter` takes no other.
 
     Raises:
-        LoraxError: nothing in the tree is adapted; the folder holds other files; a kind of change that the format has
-            no place for; a full disk (what was there stays).
+        LoraxError: nothing in the tree is adapted; `loftq` without a quantised base; the folder holds other files; a
+            kind of change that the format has no place for; a full disk (what was there stays).
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, lorax
@@ -71,12 +74,15 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None)
     writer = Writer(weights, {name: leaf for name, leaf in named if name not in changed}, _is_tied(params))
     for name, leaf in changed.items():
         writer.add(name, leaf)
-    config = writer.config(base_name)
+    if loftq and not any(isinstance(_base_of(leaf), Quantized) for leaf in changed.values()):
+        raise LoraxError(f"{path}: loftq={loftq} says that the factors fit a quantised base, and none is in this tree")
+    config = writer.config(base_name, loftq)
     base = {name: peft_meta.fingerprint(_base_of(leaf)) for name, leaf in named}
     notes = {
         "format": peft_meta.FORMAT,
         "weights": {name: entry.as_json() for name, entry in weights.items()},
         "base": {name: value for name, value in base.items() if value is not None},
+        **({"loftq": loftq} if loftq else {}),
     }
     with replace_dir(path) as new:
         # In the order of the safetensors library, so that an adapter of PEFT's comes out as the bytes it was.
@@ -104,7 +110,8 @@ def load_adapter(path: str | Path, base: Any, *, check_base: bool = True) -> Any
 
     Raises:
         LoraxError: a file is missing, cut off or malformed; the adapter is for another base (names the first weight
-            that differs); it uses something that lorax has no equal for (a changed base, say): nothing is dropped.
+            that differs), among them the plain weights under factors that LoftQ fitted to quantised ones; it uses
+            something that lorax has no equal for (a changed base, say): nothing is dropped.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, lorax

@@ -141,8 +141,10 @@ def _fits(key: str, module: str) -> bool:
     return re.fullmatch(rf"(?:.*\.)?(?:{key})", module) is not None
 
 
-def read(path: Path) -> Settings:
+def read(path: Path, loftq: bool = False) -> Settings:
     """Read and check a configuration.
+
+    loftq: the folder says itself to which quantised base the factors belong, and that is checked elsewhere.
 
     Raises:
         LoraxError: it is missing, malformed, or describes what lorax cannot represent; the message has the setting.
@@ -151,7 +153,7 @@ def read(path: Path) -> Settings:
     if raw.get("peft_type") != "LORA":
         raise LoraxError(f"{path}: peft_type is {_cut(raw.get('peft_type'))}; only LORA adapters are served")
     for name, value in raw.items():
-        if name not in UNDERSTOOD and value not in (None, False, {}, [], ""):
+        if name not in UNDERSTOOD and not (loftq and name == "loftq_config") and value not in (None, False, {}, [], ""):
             reason = REASONS.get(name, "lorax does not know what it changes")
             raise LoraxError(
                 f"{path}: {name[:40]}={_cut(value)} is not served: {reason}; merge the adapter with PEFT first"

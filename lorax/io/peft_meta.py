@@ -3,6 +3,7 @@
     weights: path -> {kind, shape, axes, scale}       so that any tree comes back exactly
     base:    path -> {shape, dtype, sample}           so that an adapter for another base is refused
              (and "quantised", the format, for one that is kept in few bits)
+    loftq:   turns, where LoftQ fitted the factors to the quantised base: then no other format of it will do
 
 The sample is a few values of the base weight at fixed places, compared within the rounding of its storage type. Over a
 base in another format than before, which is another base in each value, the samples must still be alike as a whole.
@@ -57,6 +58,20 @@ class Entry(NamedTuple):
         if self.kind == "pieces":
             out["rows"] = [list(pair) for pair in self.rows]
         return out
+
+
+class Notes(NamedTuple):
+    """What the file says. weights: the changed ones; base: fingerprints by path, unchecked; loftq: turns, or 0."""
+
+    weights: dict[str, Entry]
+    base: dict[str, Any]
+    loftq: int
+
+    @property
+    def quantised(self) -> str | None:
+        """The format of the base, `nf4/64/double`, where it is one for all quantised weights."""
+        found = {value.get("quantised") for value in self.base.values() if isinstance(value, dict)} - {None}
+        return found.pop() if len(found) == 1 else None
 
 
 def vars_of(axes: Axes) -> dict[str, list[int]]:
@@ -121,8 +136,10 @@ def is_adapted(base: Any) -> bool:
     return is_structured(base) and not isinstance(base, Quantized)
 
 
-def compare(path: Path, name: str, recorded: Any, base: Any) -> None:
+def compare(path: Path, name: str, recorded: Any, base: Any, fitted: bool = False) -> None:
     """Refuse a base weight that is not the one that an adapter was trained over.
+
+    fitted: the factors make up for the base's own rounding, so a format other than the recorded one is another base.
 
     Raises:
         LoraxError: names the weight and what differs.
@@ -132,6 +149,12 @@ def compare(path: Path, name: str, recorded: Any, base: Any) -> None:
     elsewhere = f"{path.parent}: the adapter is for another base: {name}"
     if recorded.get("shape") != list(base.shape):
         raise LoraxError(f"{elsewhere} had shape {recorded.get('shape')} and has {list(base.shape)} here")
+    if fitted and recorded.get("quantised") != _format(base):
+        raise LoraxError(
+            f"{elsewhere} was quantised as {recorded.get('quantised')}, which LoftQ fitted the factors to, and is "
+            f"{_format(base) or jnp.dtype(base.dtype).name} here; quantise the base alike "
+            "(lorax.models.load(name, quantize=QuantSpec(...)))"
+        )
     then, now = recorded.get("sample"), values(base)
     if then is None or now is None:
         return
@@ -169,7 +192,7 @@ def _floats(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in value)
 
 
-def read(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+def read(path: Path) -> Notes:
     """The changed weights, and the recorded base.
 
     Raises:
@@ -183,7 +206,10 @@ def read(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     weights, base = raw.get("weights"), raw.get("base")
     if not isinstance(weights, dict) or not isinstance(base, dict) or not weights:
         raise LoraxError(f"{path}: lacks its weights or its base; the adapter is damaged")
-    return {name: _entry(path, name, value) for name, value in weights.items()}, base
+    loftq = raw.get("loftq", 0)
+    if isinstance(loftq, bool) or not isinstance(loftq, int) or loftq < 0:
+        raise LoraxError(f"{path}: loftq={str(loftq)[:20]} is no number of turns; the adapter is damaged")
+    return Notes({name: _entry(path, name, value) for name, value in weights.items()}, base, loftq)
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:

@@ -41,11 +41,13 @@ def read_adapter(folder: Path, base: Any, check_base: bool) -> dict[str, Any]:
     adapted = next((name for name, leaf in plain.items() if peft_meta.is_adapted(leaf)), None)
     if adapted is not None:
         raise LoraxError(f"{adapted}: this tree is adapted already; load the adapter over the plain base")
-    settings, tensors = read_config(folder / CONFIG), safetensors.read(folder / WEIGHTS)
     notes = folder / peft_meta.FILE
-    if notes.is_file():
-        entries, recorded = peft_meta.read(notes)
-        _check_base(notes, entries, recorded, plain, check_base)
+    described = peft_meta.read(notes) if notes.is_file() else None
+    settings = read_config(folder / CONFIG, loftq=described is not None and described.loftq > 0)
+    tensors = safetensors.read(folder / WEIGHTS)
+    if described is not None:
+        entries = described.weights
+        _check_base(notes, described, plain, check_base)
     else:
         entries = _entries(folder, settings, tensors, plain)
     reader = _Reader(folder, settings, tensors, plain, exact=notes.is_file())
@@ -54,10 +56,8 @@ def read_adapter(folder: Path, base: Any, check_base: bool) -> dict[str, Any]:
     return leaves
 
 
-def _check_base(
-    notes: Path, entries: dict[str, Entry], recorded: dict[str, Any], plain: dict[str, Any], by_value: bool
-) -> None:
-    for name, entry in entries.items():
+def _check_base(notes: Path, described: peft_meta.Notes, plain: dict[str, Any], by_value: bool) -> None:
+    for name, entry in described.weights.items():
         if name not in plain:
             raise LoraxError(f"{notes.parent}: the adapter is for another base: it changes {name}, which is not here")
         if tuple(plain[name].shape) != entry.shape:
@@ -66,10 +66,10 @@ def _check_base(
                 f"{notes.parent}: the adapter is for another base: {name} had shape {want} and has {have} here"
             )
     if by_value:
-        for name, value in recorded.items():
+        for name, value in described.base.items():
             if name not in plain:
                 raise LoraxError(f"{notes.parent}: the adapter is for another base: it had {name}, which is not here")
-            peft_meta.compare(notes, name, value, plain[name])
+            peft_meta.compare(notes, name, value, plain[name], fitted=described.loftq > 0)
 
 
 def _entries(

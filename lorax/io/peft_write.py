@@ -56,11 +56,14 @@ class Writer:
             for (start, _), part in zip(self.weights[name].rows, trained, strict=True):
                 self._whole(name, slot, part.value, start)
 
-    def config(self, base_name: str | None) -> dict[str, Any]:
+    def config(self, base_name: str | None, loftq: int = 0) -> dict[str, Any]:
         """What `adapter_config.json` holds."""
         more: dict[str, Any] = {"bias": "all"} if self.biases else {}
         if self.dora:
             more["use_dora"] = True
+        if loftq:
+            # How it was started. `init_lora_weights` stays as it is, or PEFT would do it again when it loads.
+            more["loftq_config"] = {"loftq_bits": 4, "loftq_iter": loftq}
         if self.tied and "embed/embedding" in self.weights:
             # The change of the table is also one of the head; PEFT does that only when told.
             more["ensure_weight_tying"] = True

@@ -4,7 +4,8 @@ from lorax.models.config import ModelConfig, RopeScaling
 from lorax.models.generate import generate
 from lorax.models.load import load
 from lorax.models.model import Model
+from lorax.models.original import Original
 from lorax.models.resolve import resolve_base
 from lorax.models.save import save_hf
 
-__all__ = ["Model", "ModelConfig", "RopeScaling", "generate", "load", "resolve_base", "save_hf"]
+__all__ = ["Model", "ModelConfig", "Original", "RopeScaling", "generate", "load", "resolve_base", "save_hf"]

@@ -7,7 +7,7 @@ weight in 16 or 32 bits: blocks run along the last axis of a tensor as files hav
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -117,12 +117,11 @@ def read_packed(tensors: Tensors, names: Sequence[str], path: str, dtype: Any, s
     return _leaf(parts, path, stacked)
 
 
-def pack_layers(count: int, read: Callable[[int], jax.Array], path: str, spec: QuantSpec, stacked: bool) -> Quantized:
+def pack_layers(layers: Iterator[jax.Array], path: str, spec: QuantSpec, stacked: bool) -> Quantized:
     """One parameter, quantised layer by layer.
 
     Args:
-        count: layers.
-        read: gives a layer's weight as files have it, last axis along the blocks; each is dropped before the next.
+        layers: each layer's weight as files have it, last axis along the blocks; each is dropped before the next.
         path: in the tree, for messages.
         spec: the format.
         stacked: whether the parameter has an axis of layers.
@@ -131,11 +130,12 @@ def pack_layers(count: int, read: Callable[[int], jax.Array], path: str, spec: Q
         LoraxError: NaN or infinity in a layer; names path and layer.
     """
     parts = []
-    for i in range(count):
+    for layer in layers:
         try:
-            parts.append(nf4.quantize(read(i), spec.block_size, spec.double_quant, spec.format))
+            parts.append(nf4.quantize(layer, spec.block_size, spec.double_quant, spec.format))
         except ValueError as error:
-            raise LoraxError(f"{path}{f' (layer {i})' if stacked else ''}: {error}") from None
+            raise LoraxError(f"{path}{f' (layer {len(parts)})' if stacked else ''}: {error}") from None
+        del layer
     return _leaf(parts, path, stacked)
 
 

@@ -8,6 +8,7 @@ and a few megabytes. Weights that are to be kept in few bits are packed a layer 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,16 @@ def _read(source: Checkpoint, kind: Kind, config: ModelConfig, dtype: np.dtype, 
         return leaf
     if spec is None:
         return _read_kind(source, kind, config, dtype)
+    layers = read_layers(source, kind, config, dtype, names)
+    return packed.pack_layers(layers, kind.path, spec, kind.stacked)
+
+
+def read_layers(
+    source: Checkpoint, kind: Kind, config: ModelConfig, dtype: np.dtype, names: Sequence[str]
+) -> Iterator[jax.Array]:
+    """The tensors of those names, one of them at a time, as the file has them: (out, in) for a kernel."""
     order = _row_order(source, kind, config)
-    read = lambda i: _read_layer(source.tensors[names[i]], order, dtype)  # noqa: E731
-    return packed.pack_layers(count, read, kind.path, spec, kind.stacked)
+    return (_read_layer(source.tensors[name], order, dtype) for name in names)
 
 
 def _read_layer(tensor: StoredTensor, order: np.ndarray | None, dtype: np.dtype) -> jax.Array:

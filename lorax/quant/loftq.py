@@ -2,12 +2,16 @@
 
     minimise ||W - Q - s A B||_F:   Q = quantise(W - s A B),   s A B = best rank-r approximation of W - dequantise(Q)
 
-in turns, from A B = 0. Source: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for LLMs", algorithm 1.
+in turns, from A B = 0. With one turn Q is quantise(W), what everyone has who quantises the same weights; further turns
+move Q, and the factors then belong to a base of their own. Either way they are worth nothing over W itself: merging
+into W leaves out what they started at.
+
+Source: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for LLMs", algorithm 1.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +21,16 @@ import jax.numpy as jnp
 
 from lorax.adapt import adapt
 from lorax.errors import LoraxError
-from lorax.quant.tree import quantize_weight
+from lorax.quant.best_rank import best_factors
+from lorax.quant.tree import quantize_like, quantize_weight
 from lorax.quantized import Quantized
 from lorax.spec import LoraSpec
-from lorax.tree import map_named
-from lorax.weights import Axes, LowRank
+from lorax.tree import map_named, named_leaves
+from lorax.weights import Axes, LowRank, low_rank_delta
+from lorax_kernels.nf4.codebooks import FOUR_BIT
+
+# (path, which of its stacked weights; None for a weight that is not stacked) -> those, as they were.
+Original = Callable[[str, "slice | None"], jax.Array]
 
 
 def loftq(
@@ -40,11 +49,12 @@ def loftq(
         params: the plain tree, concrete, in 16 or 32 bits.
         spec: targets, ranks and scales; `init` does not matter, both factors are computed.
         format, double_quant, block_size: as in `quantize`.
-        steps: turns; the paper uses 1 to 5.
+        steps: turns; the paper uses 1 to 5. With 1 the base is what `quantize` gives.
         fn, args: as in `adapt`.
 
     Returns:
-        The adapted tree, `LowRank(base=Quantized)` at the targets.
+        The adapted tree, `LowRank(base=Quantized)` at the targets. Save what was trained from it with
+        `save_adapter(path, params, loftq=steps)`, so that it is loaded over no other base.
 
     Raises:
         LoraxError: as `adapt` and `quantize`, or fewer than one step.
@@ -55,47 +65,112 @@ def loftq(
         >>> lorax.loftq(params, lorax.LoraSpec(targets="kernel", rank=4))["kernel"]
         LowRank(shape=(64, 16), rank=4, base=float32)
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise LoraxError(f"loftq: steps must be a whole number of at least 1, not {steps!r}")
     # The key does not matter: both factors are replaced.
     tree = adapt(jax.random.key(0), params, spec, fn, args)
+    plain = dict(named_leaves(params))
 
-    def one(path: str, leaf: Any) -> Any:
+    def packed(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LowRank):
             return leaf
-        return _fit(path, leaf, format, double_quant, block_size, steps)
+        return quantize_weight(path, leaf, leaf.axes, format, double_quant, block_size)
 
-    return map_named(one, tree)
+    def original(path: str, at: slice | None) -> jax.Array:
+        return jnp.asarray(plain[path] if at is None else plain[path][at])
 
-
-def _fit(path: str, leaf: LowRank, format: str, double_quant: bool, block_size: int, steps: int) -> LowRank:
-    weight = leaf.base.astype(jnp.float32)
-    change = jnp.zeros_like(weight)
-    base: Any = None
-    factors: tuple[jax.Array, jax.Array] | None = None
-    for _ in range(steps):
-        rest = (weight - change).astype(leaf.base.dtype)
-        base = quantize_weight(path, rest, leaf.axes, format, double_quant, block_size)
-        assert isinstance(base, Quantized)
-        factors = best_factors(weight - base.dense().astype(jnp.float32), leaf.axes, leaf.rank, leaf.scale)
-        fitted = replace(leaf, base=None, A=factors[0].astype(leaf.A.dtype), B=factors[1].astype(leaf.B.dtype))
-        change = fitted.dense().astype(jnp.float32)
-    assert factors is not None
-    return replace(leaf, base=base, A=factors[0].astype(leaf.A.dtype), B=factors[1].astype(leaf.B.dtype))
+    return fit_factors(map_named(packed, tree), original, steps)
 
 
-def best_factors(error: jax.Array, axes: Axes, rank: int, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A `(*stack, *in, rank)` and B `(*stack, rank, *out)` with scale A B the best rank-r approximation of an error.
+def fit_factors(params: Any, original: Original, turns: int = 1) -> Any:
+    """The tree with every low-rank change over a 4-bit base started at the best correction of its error.
 
-    The singular values are shared equally: A = U sqrt(S / scale), B = sqrt(S / scale) V.
+    One stacked weight after the other is asked for, so a base that was packed while it was read is never dense.
+
+    Args:
+        params: an adapted tree, as `adapt` gives over quantised weights; its factors are replaced.
+        original: the weights before they were quantised, `(path, slice of the first axis, or None)` -> array.
+        turns: of LoftQ; with 1 the base stays what it is.
+
+    Raises:
+        LoraxError: fewer than one turn; a base that is not in 4 bits.
     """
-    s, i = len(axes.stack), len(axes.inputs)
-    moved = jnp.transpose(error, axes.order)
-    sizes = moved.shape
-    matrix = moved.reshape(*sizes[:s], math.prod(sizes[s : s + i]), math.prod(sizes[s + i :]))
-    u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
-    scale = jnp.reshape(scale, (*jnp.shape(scale), *[1] * (s + 1 - jnp.ndim(scale))))
-    root = jnp.sqrt(values[..., :rank] / jnp.abs(scale))
-    a = u[..., :rank] * root[..., None, :] * jnp.sign(scale)[..., None]
-    b = root[..., :, None] * v[..., :rank, :]
-    return a.reshape(*sizes[: s + i], rank), b.reshape(*sizes[:s], rank, *sizes[s + i :])
+    if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
+        raise LoraxError(f"loftq: steps must be a whole number of at least 1, not {turns!r}")
+
+    def one(path: str, leaf: Any) -> Any:
+        if not (isinstance(leaf, LowRank) and isinstance(leaf.base, Quantized)):
+            return leaf
+        if leaf.base.array.format not in FOUR_BIT:
+            raise LoraxError(f"{path}: LoftQ makes up for 4 bits, and this base is in {leaf.base.array.format}")
+        return _fit(path, leaf, original, turns)
+
+    return map_named(one, params)
+
+
+def merge_trained(params: Any, original: Original) -> Any:
+    """The original weights plus what training changed: W + s (A B - A0 B0), where A0 B0 is what LoftQ started at.
+
+    However many turns LoftQ took, the last one fitted the factors to W - Q of the base that they were left with, so
+    A0 B0 is found again from the two.
+
+    Args:
+        params: a trained tree over the base that its factors were fitted to.
+        original: as for `fit_factors`.
+
+    Returns:
+        A plain tree in the original's dtype; quantised weights without factors are the original ones as well.
+    """
+
+    def one(path: str, leaf: Any) -> Any:
+        base = leaf.base if isinstance(leaf, LowRank) else leaf
+        if not isinstance(base, Quantized):
+            return leaf.dense() if isinstance(leaf, LowRank) else leaf
+        places = _places(base)
+        weight = jnp.concatenate([original(path, at) for at in places]) if places else original(path, None)
+        if not isinstance(leaf, LowRank):
+            return weight
+        start = _fit(path, leaf, original, 1)
+        change = low_rank_delta(leaf).astype(jnp.float32) - low_rank_delta(start).astype(jnp.float32)
+        return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+
+    return map_named(one, params)
+
+
+def _places(base: Quantized) -> list[slice]:
+    """Slices of the first axis that hold one stacked weight each; empty for a weight that is not stacked."""
+    return [slice(i, i + 1) for i in range(base.array.stack[0])] if base.array.stack else []
+
+
+def _fit(path: str, leaf: LowRank, original: Original, turns: int) -> LowRank:
+    """One weight, each stacked part of it on its own."""
+    parts = []
+    for at in _places(leaf.base) or [None]:
+        base, scale = leaf.base, jnp.asarray(leaf.scale)
+        if at is not None:
+            base = jax.tree.map(lambda x, at=at: x[at], base)
+            scale = scale[at] if scale.ndim else scale
+        weight = original(path, at)
+        if not bool(jnp.isfinite(weight).all()):
+            raise LoraxError(f"{path}: holds NaN or infinity, which has no code; mend the weight first")
+        a, b = _factors(weight, base, scale, leaf.axes, leaf.rank)
+        for _ in range(turns - 1):
+            base = _moved(weight, base, LowRank(None, a, b, scale, leaf.axes))
+            a, b = _factors(weight, base, scale, leaf.axes, leaf.rank)
+        # After one turn the base is the one that was there.
+        parts.append((base if turns > 1 else None, a.astype(leaf.A.dtype), b.astype(leaf.B.dtype)))
+    base, a, b = jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if len(parts) > 1 else parts[0]
+    return replace(leaf, base=base or leaf.base, A=a, B=b)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _factors(
+    weight: jax.Array, base: Quantized, scale: jax.Array, axes: Axes, rank: int
+) -> tuple[jax.Array, jax.Array]:
+    """The best correction of what quantising lost."""
+    return best_factors(weight.astype(jnp.float32) - base.dense().astype(jnp.float32), axes, rank, scale)
+
+
+@jax.jit
+def _moved(weight: jax.Array, base: Quantized, change: LowRank) -> Quantized:
+    """What the factors leave of the weight, in the format, the blocks and the order of codes that the base has."""
+    rest = weight.astype(jnp.float32) - low_rank_delta(change).astype(jnp.float32)
+    return quantize_like(rest.astype(base.dtype), base)

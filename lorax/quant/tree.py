@@ -182,18 +182,21 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
             return leaf.dense() if isinstance(leaf, Change) else leaf
         old = leaf.base
         merged = dense_of(leaf).astype(jnp.float32)
-        stack = len(old.array.stack)
-        array = nf4.quantize(
-            to_stored(merged.astype(old.dtype), old.order),
-            old.array.block_size,
-            old.array.scales2 is not None,
-            old.array.format,
-            stack,
-        )
-        new = Quantized(array, old.order)
+        try:
+            new = quantize_like(merged.astype(old.dtype), old)
+        except ValueError as error:
+            raise LoraxError(f"{path}: {error}") from None
         change = float(jnp.linalg.norm(merged - old.dense().astype(jnp.float32)))
         error = float(jnp.linalg.norm(new.dense().astype(jnp.float32) - merged))
         losses[path] = error / change if change else 0.0
         return new
 
     return map_named(one, params), losses
+
+
+def quantize_like(weight: jax.Array, like: Quantized) -> Quantized:
+    """Another weight in the format, the blocks and the order of codes of a quantised one."""
+    old = like.array
+    stored = to_stored(weight, like.order)
+    array = nf4.quantize(stored, old.block_size, old.scales2 is not None, old.format, len(old.stack))
+    return Quantized(nf4.to_tpu(array) if old.layout == "tpu" else array, like.order)

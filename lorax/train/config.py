@@ -56,14 +56,18 @@ class TrainConfig:
     """Scales of the quantised base in 8 bits as well: 4.127 bits a parameter instead of 4.5."""
     quant_block: Literal[32, 64, 128, 256] = 64
     """Parameters that share a scale in the quantised base."""
-    loftq: int = 0
-    """Turns of LoftQ: factors that start by making up for the quantisation error; 0 starts them at zero."""
+    loftq: int | None = None
+    """Turns of LoftQ: factors that start by making up for the quantisation error; 0 starts them at zero. By default 1
+    with --method qlora in 4 bits, where the base's file has weights that are not; that leaves the base as it is, more
+    turns make one of its own."""
     last_k: int = 2
     """Blocks that train with --method last-k."""
     lr: float = 1e-3
     """Peak learning rate."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW, or AdamW with its moments in 8 bits."""
+    paged: bool = False
+    """Keep the optimizer's state in host memory between steps, where the platform has pinned_host memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the base's weights and of the arithmetic; factors are float32 whatever it is."""
     weight_decay: float = 0.0
@@ -153,8 +157,8 @@ class TrainConfig:
 
     @property
     def quantised(self) -> QuantSpec | None:
-        """How the base is packed while it is loaded; None if it is not (LoftQ needs the weights as they are first)."""
-        if self.method != "qlora" or self.loftq:
+        """How the base is packed while it is loaded; None if it is not."""
+        if self.method != "qlora":
             return None
         from lorax.quant import QuantSpec  # as late as the weights: `lorax train --help` needs none of it
 

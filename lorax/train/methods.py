@@ -1,7 +1,8 @@
 """Ways to fine-tune, as masks over the same tree.
 
     lora     LowRank leaves on the targets          only A and B train
-    qlora    the same over a quantised base         only A and B train
+    qlora    the same over a quantised base,        only A and B train
+             from where they make up for its error
     full     every leaf is Full                     everything trains
     head     lm_head is Full                        a linear probe over frozen features
     last-k   stacked leaves are Concat(frozen, Full) the top k blocks train
@@ -19,10 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lorax import LoraSpec, LoraxError, adapt
-from lorax.quant import loftq
+from lorax import LoraSpec, adapt
+from lorax.errors import LoraxError
+from lorax.models import Original
+from lorax.quant import fit_factors
 from lorax.train.config import TrainConfig
 from lorax.tree import train_last
+from lorax_kernels.nf4.codebooks import FOUR_BIT
 
 # Tokens whose activations EVA looks at: a few for each direction that it may take.
 EVA_TOKENS = 4096
@@ -33,13 +37,13 @@ def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -
 
     Args:
         model: a zoo model (`.params`, `.config`, `.apply`); for `qlora` loaded with `config.quantised`.
-        config: the run; `method`, `targets`, `rank`, `alpha`, `scaling`, `variant`, `init`, `dropout`, `last_k` and
-            `seed` are read.
+        config: the run, as `settled` gives it; `method`, `targets`, `rank`, `alpha`, `scaling`, `variant`, `init`,
+            `dropout`, `loftq`, `last_k` and `seed` are read.
         tokens: training text for `--init eva`, int32, one after another.
 
     Returns:
         The model (with an untied head for `head`) and the tree with structured leaves. It computes what the
-        base computes until the first step.
+        base computes until the first step; with LoftQ, something nearer to what the base was quantised from.
 
     Raises:
         LoraxError: a pattern matches nothing, a rank does not fit, or there are fewer than `last_k` blocks.
@@ -50,13 +54,32 @@ def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -
         model = untied(model)
     key = jax.random.key(config.seed)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    if config.method == "qlora" and config.loftq:
-        quant = (config.quant, config.double_quant, config.quant_block, config.loftq)
-        return model, loftq(model.params, spec_for(config), *quant, fn=model.apply, args=(example,))
     if config.init == "eva":
         # Features only: the logits of a batch would take more memory than all the rest.
         return model, adapt(key, model.params, spec_for(config), fn=model.hidden, args=(_rows(tokens, config.seq_len),))
-    return model, adapt(key, model.params, spec_for(config), fn=model.apply, args=(example,))
+    params = adapt(key, model.params, spec_for(config), fn=model.apply, args=(example,))
+    if config.loftq:
+        params = fit_factors(params, Original(config.base, config.dtype), config.loftq)
+    return model, params
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The settings with the number of LoftQ's turns decided.
+
+    Raises:
+        LoraxError: LoftQ is asked for, and the base's file is in 4 bits itself.
+    """
+    if config.method != "qlora" or config.loftq == 0:
+        return dataclasses.replace(config, loftq=0)
+    if config.loftq is None and config.quant not in FOUR_BIT:
+        return dataclasses.replace(config, loftq=0)
+    packed = Original(config.base).packed
+    if packed and config.loftq:
+        raise LoraxError(
+            f"--loftq {config.loftq}: {config.base} holds its weights in 4 bits, and what was lost is not there to be "
+            "made up for; take the base in 16 bits, or --loftq 0"
+        )
+    return dataclasses.replace(config, loftq=config.loftq or int(not packed))
 
 
 def _rows(tokens: np.ndarray | None, length: int) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from lorax import dropout, join, lift, lora_plus
-from lorax.optim import adamw8bit
+from lorax.optim import adamw8bit, offload
 from lorax.train.config import TrainConfig
 from lorax.train.loss import CHUNK, cross_entropy
 from lorax.train.schedule import Schedule, learning_rate
@@ -47,11 +47,12 @@ def make_optimizer(config: TrainConfig, steps: int) -> tuple[optax.GradientTrans
     """AdamW behind a clip of the global norm, and its schedule.
 
     Args:
-        config: `optimizer`, `lr`, `lora_plus`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
+        config: `optimizer`, `paged`, `lr`, `lora_plus`, `warmup`, `schedule`, `clip` and `weight_decay` are read.
         steps: optimizer steps of the whole run.
     """
     rate = learning_rate(config.lr, steps, warmup=config.warmup, shape=config.schedule)
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip > 0 else []
     adamw = adamw8bit if config.optimizer == "adamw8bit" else optax.adamw
     tx = optax.chain(*clip, adamw(rate, weight_decay=config.weight_decay))
-    return (tx if config.lora_plus == 1.0 else lora_plus(tx, config.lora_plus)), rate
+    tx = tx if config.lora_plus == 1.0 else lora_plus(tx, config.lora_plus)
+    return (offload(tx) if config.paged else tx), rate

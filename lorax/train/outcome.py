@@ -22,7 +22,8 @@ from lorax.weights import Change
 def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> Path:
     """Write what was trained: `adapter/` in PEFT's format for factors, else `model/`, a Hugging Face directory.
 
-    LoftQ's factors belong to the base that was quantised for them: it is written beside them, as `base/`.
+    LoftQ's factors belong to the quantised base that they were fitted to. After one turn that is what quantising the
+    base gives; after more it is the run's own, and is written beside them, as `base/`.
 
     Returns:
         The folder of what was trained.
@@ -30,9 +31,11 @@ def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> P
     from lorax.models import save_hf
 
     if config.method in ADAPTERS:
-        if config.loftq:
+        turns, base = config.loftq or 0, config.base
+        if turns > 1:
             save_hf(out / "base", model, base_of(params))
-        save_adapter(out / "adapter", params, base_name=str(out / "base") if config.loftq else config.base)
+            base = str(out / "base")
+        save_adapter(out / "adapter", params, base_name=base, loftq=turns)
         return out / "adapter"
     save_hf(out / "model", model, merge(params))
     return out / "model"

@@ -1,13 +1,16 @@
 """QLoRA from the command line: train, resume, evaluate, merge three ways, and mistakes in one line."""
 
 import json
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax import Quantized, cli
+from lorax import LoraxError, Quantized, QuantSpec, cli, lift, load_adapter, requantize
 from lorax.models import load
 from lorax.tree import named_leaves
+from lorax.weights import LowRank
 
 STEPS = 4
 
@@ -44,6 +47,7 @@ def trained(tiny_base, tiny_data, tmp_path_factory):
         ),
         "int8": ("--method", "qlora", "--quant", "int8", "--dtype", "bfloat16"),
         "loftq": ("--method", "qlora", "--loftq", "2"),
+        "zero": ("--method", "qlora", "--loftq", "0", "--paged"),
         "lora": ("--method", "lora"),
     }
     for name, more in runs.items():
@@ -77,7 +81,7 @@ def test_the_base_weighs_what_its_format_says(trained, name, bits):
     assert base["bytes"] < report(trained / "lora")["base"]["bytes"]
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int8", "loftq"])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8", "loftq", "zero"])
 def test_it_learns_and_is_evaluated_over_the_same_base(trained, tiny_data, capsys, name):
     found = report(trained / name)
     assert found["eval"]["after"]["loss"] < found["eval"]["before"]["loss"]
@@ -119,14 +123,7 @@ def test_merged_into_what_training_saw_it_computes_the_same(trained, tiny_data, 
     assert not any(isinstance(leaf, Quantized) for _, leaf in named_leaves(load(tmp_path / "m").params))
 
 
-def test_merged_into_the_original_it_has_the_original_behind_it(trained, tiny_base, tmp_path, capsys):
-    assert said(capsys, "merge", "--adapter", trained / "nf4", "--out", tmp_path / "m", "--json")[0] == 0
-    merged, base = (dict(named_leaves(load(path).params)) for path in (tmp_path / "m", tiny_base))
-    change = np.asarray(merged["layers/mlp/up_proj/kernel"]) - np.asarray(base["layers/mlp/up_proj/kernel"])
-    assert np.linalg.matrix_rank(change[0], tol=1e-4) == 3, "the change, and no error of quantisation"
-
-
-def test_merged_and_quantised_again_it_says_what_that_costs(trained, tmp_path, capsys):
+def test_merged_and_quantised_again_it_says_what_that_costs(trained, tiny_base, tmp_path, capsys):
     code, found = said(
         capsys, "merge", "--adapter", trained / "nf4", "--out", tmp_path / "m", "--into", "requantized", "--json"
     )
@@ -134,19 +131,80 @@ def test_merged_and_quantised_again_it_says_what_that_costs(trained, tmp_path, c
     cost = found["requantized"]
     assert cost["worst_loss"] == max(cost["losses"].values()) >= cost["mean_loss"] > 0
     assert len(cost["losses"]) == 7
-    assert sum(isinstance(leaf, Quantized) for _, leaf in named_leaves(load(tmp_path / "m").params)) == 7
+    # What it says, computed from the files alone; and the file holds the weights that were said.
+    params = load_adapter(trained / "nf4" / "adapter", load(tiny_base, quantize=QuantSpec()).params)
+    merged = load(tmp_path / "m")
+    for (path, old), (_, new) in zip(named_leaves(params), named_leaves(merged.params), strict=True):
+        assert isinstance(new, Quantized) == isinstance(old, LowRank)
+        if isinstance(new, Quantized):
+            wide = [np.asarray(x, np.float64) for x in (old.base.dense(), old.dense(), new.dense())]
+            off = np.linalg.norm(wide[2] - wide[1]) / np.linalg.norm(wide[1] - wide[0])
+            assert cost["losses"][path] == pytest.approx(off, rel=1e-3)
+    ids = jnp.array([[3, 9, 5, 0, 11]])
+    want = lift(merged.apply)(requantize(params)[0], ids)
+    np.testing.assert_array_equal(lift(merged.apply)(merged.params, ids), want)
 
 
-def test_loftq_keeps_its_own_base(trained, tiny_base, tmp_path, capsys):
+def test_the_start_is_nearer_to_the_original_than_factors_of_zero(trained):
+    before = {name: report(trained / name)["eval"]["before"]["loss"] for name in ("lora", "zero", "nf4")}
+    assert before["zero"] != before["lora"]
+    assert before["nf4"] not in (before["zero"], before["lora"])
+    settings = {name: json.loads((trained / name / "run.json").read_text())["config"]["loftq"] for name in before}
+    assert settings == {"lora": 0, "zero": 0, "nf4": 1}
+    config = {name: json.loads((trained / name / "adapter/adapter_config.json").read_text()) for name in before}
+    assert config["nf4"]["loftq_config"] == {"loftq_bits": 4, "loftq_iter": 1}
+    assert config["nf4"]["init_lora_weights"] is True
+    assert not (trained / "nf4/base").exists()
+    assert "loftq_config" not in config["zero"]
+
+
+def test_a_fitted_adapter_loads_over_its_own_kind_of_base_alone(trained, tiny_base, tiny_data, tmp_path, capsys):
+    adapter = trained / "nf4" / "adapter"
+    plain = load(tiny_base)
+    with pytest.raises(LoraxError, match=r"was quantised as nf4/64/double.* and is float32 here; quantise the base"):
+        load_adapter(adapter, plain.params)
+    with pytest.raises(LoraxError, match=r"was quantised as nf4/64/double.* and is nf4/64 here"):
+        load_adapter(adapter, load(tiny_base, quantize=QuantSpec(double_quant=False)).params)
+    load_adapter(adapter, load(tiny_base, quantize=QuantSpec()).params)
+    # Without its run the folder itself says how its base is quantised.
+    alone = tmp_path / "alone"
+    shutil.copytree(adapter, alone)
+    after = report(trained / "nf4")["eval"]["after"]["loss"]
+    assert loss(capsys, tiny_data, adapter=alone) == pytest.approx(after, rel=1e-6)
+    # The other one fits its own base, which plain quantising does not give.
+    with pytest.raises(LoraxError, match="is for another base"):
+        load_adapter(trained / "loftq/adapter", load(tiny_base, quantize=QuantSpec()).params)
+
+
+def test_loftq_with_more_turns_keeps_its_own_base(trained, tiny_base, capsys):
     run = trained / "loftq"
     assert (run / "base" / "config.json").is_file()
-    code, error = said(capsys, "merge", "--adapter", run, "--out", tmp_path / "m")
-    assert code == 2
-    assert "--into dequantized or requantized" in error
     code, error = said(capsys, "eval", "--adapter", run, "--base", tiny_base, "--data", "x")
     assert code == 2
     assert "leave --base out" in error
-    assert said(capsys, "merge", "--adapter", run, "--out", tmp_path / "m", "--into", "dequantized", "--json")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["nf4", "loftq", "zero"])
+def test_merged_into_the_original_it_is_the_original_and_what_training_changed(
+    trained, tiny_base, tmp_path, capsys, name
+):
+    assert said(capsys, "merge", "--adapter", trained / name, "--out", tmp_path / "m", "--json")[0] == 0
+    merged, base = (dict(named_leaves(load(path).params)) for path in (tmp_path / "m", tiny_base))
+    at = "layers/mlp/up_proj/kernel"
+    change = np.asarray(merged[at]) - np.asarray(base[at])
+    # Adam takes four steps of at most the learning rate: what was made up for at the start would be larger by far.
+    ranks = [int((np.linalg.svd(layer, compute_uv=False) > 1e-5).sum()) for layer in change]
+    assert max(ranks) <= (3 if name == "zero" else 6)
+    packed = dict(named_leaves(load(tiny_base, quantize=QuantSpec()).params))[at]
+    lost = np.linalg.norm(np.asarray(packed.dense()) - np.asarray(base[at]))
+    assert 0 < np.linalg.norm(change) < 0.3 * lost
+
+
+def test_an_own_base_without_its_run_has_no_original(trained, tmp_path, capsys):
+    shutil.copytree(trained / "loftq" / "adapter", tmp_path / "alone")
+    code, error = said(capsys, "merge", "--adapter", tmp_path / "alone", "--out", tmp_path / "m")
+    assert code == 2
+    assert "--into dequantized or requantized" in error
 
 
 @pytest.mark.parametrize(
@@ -168,6 +226,11 @@ def test_merges_that_make_no_sense_are_one_line(trained, tmp_path, capsys, name,
 def test_a_base_file_in_4_bits_trains_and_has_no_other_original(trained, tiny_data, tmp_path, capsys):
     packed = tmp_path / "packed"
     said(capsys, "merge", "--adapter", trained / "nf4", "--out", packed, "--into", "requantized", "--json")
+    code, error = said(capsys, *words(packed, tiny_data, tmp_path / "fit", "--method", "qlora", "--loftq", "1"))
+    assert code == 2
+    assert "holds its weights in 4 bits" in error
+    assert cli.main(words(packed, tiny_data, tmp_path / "zero", "--method", "qlora", "--steps", "1")) == 0
+    assert json.loads((tmp_path / "zero/run.json").read_text())["config"]["loftq"] == 0
     assert cli.main(words(packed, tiny_data, tmp_path / "run", "--method", "lora")) == 0
     code, error = said(capsys, "merge", "--adapter", tmp_path / "run", "--out", tmp_path / "m")
     assert code == 2
