@@ -89,7 +89,7 @@ def test_merging_what_training_changed_leaves_the_start_out(params, fitted, step
 
 def test_from_files_layer_by_layer_it_is_as_from_memory(base):
     spec, dtype = LoraSpec(targets="layers/mlp/*/kernel", rank=3), jnp.bfloat16
-    plain, packed = load(base, dtype), load(base, dtype, quantize=QuantSpec())
+    plain, packed = load(base, dtype), load(base, dtype, quantize=QuantSpec(targets=spec.targets))
     want = lorax.loftq(plain.params, spec, steps=1, fn=plain.apply, args=(IDS,))
     adapted = lorax.adapt(jax.random.key(0), packed.params, spec, fn=packed.apply, args=(IDS,))
     asked = []
