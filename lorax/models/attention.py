@@ -6,16 +6,28 @@ group is an axis of the query.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 # Large and finite: a row that may see nothing (padding) gets a uniform softmax instead of 0/0.
 HIDDEN = -1e30
 
+# The name of what a layer keeps for its backward pass. The rest (norms, softmax, silu, their products) is cheaper to
+# compute again than to write and read: 24 MB a layer instead of 66 for SmolLM2 on 1,024 tokens, and faster.
+KEPT = "kept"
+
 # Rows longer than this are attended to in blocks: at 4,096 tokens one sequence's scores are 67 MB a head.
 LONG = 1024
 QUERY_BLOCK = 512
+
+
+def kept(x: Array) -> Array:
+    """Mark an activation that the backward pass keeps."""
+    return checkpoint_name(x, KEPT)
 
 
 def visible(length: int, segment_ids: Int[Array, "b t"] | None, window: int | None) -> Bool[Array, "b t t"]:
@@ -44,8 +56,14 @@ def attend(
     k: Float[Array, "b s kv d"],
     v: Float[Array, "b s kv d"],
     see: Bool[Array, "b t s"],
+    keep: Callable[[Array], Array] = kept,
 ) -> Float[Array, "b t h d"]:
     """softmax(q k^T / sqrt(d)) v per head, over the visible keys; scores and softmax in float32.
+
+    Args:
+        q, k, v: queries, keys and values; each key head serves h / kv query heads in a row.
+        see: which keys each query may see.
+        keep: marks what a checkpoint around the call may keep for the backward pass.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,12 +74,21 @@ def attend(
     """
     b, t, h, d = q.shape
     groups = k.shape[2]
+    # Heads before tokens: both products and all but two of their gradients then read their operands as they lie. What
+    # the backward pass keeps is kept in this order, so that it moves nothing either.
     q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(b, t, groups, h // groups, d)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+    q, k, v = keep(jnp.moveaxis(q, 1, 3)), keep(jnp.swapaxes(k, 1, 2)), keep(jnp.swapaxes(v, 1, 2))
+    heads = ((0, 1), (0, 1))
+    scores = jax.lax.dot_general(q, k, (((4,), (3,)), heads), preferred_element_type=jnp.float32)
     scores = jnp.where(see[:, None, None], scores, HIDDEN)
-    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", p, v)
-    return out.reshape(b, t, h, d)
+    # The softmax is divided by its sum after the product with v, where there are fewer numbers. With its peak and its
+    # sum kept, the backward pass goes over the scores twice: to make p again, and for their gradient.
+    peak = keep(jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    p = jnp.exp(scores - peak)
+    inverse = keep(1.0 / jnp.sum(p, axis=-1, keepdims=True))
+    out = jax.lax.dot_general(p.astype(v.dtype), v, (((4,), (2,)), heads), preferred_element_type=jnp.float32)
+    out = (keep(out) * inverse).astype(v.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d)
 
 
 def attend_in_blocks(
@@ -99,6 +126,8 @@ def attend_in_blocks(
         full = jnp.pad(x, (*fill, *[(0, 0)] * (x.ndim - 2)))
         return jnp.moveaxis(full.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
 
+    # Kept as they come: inside, each block would keep keys and values of its own.
+    q, k, v = kept(q), kept(k), kept(v)
     wide = k.astype(jnp.float32), v.astype(jnp.float32)
 
     @jax.checkpoint
@@ -107,7 +136,7 @@ def attend_in_blocks(
         distance = start + jnp.arange(block)[:, None] - jnp.arange(t)[None, :]
         near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         see = near[None] & (ids[:, :, None] == own[:, None, :])
-        return attend(queries, wide[0].astype(k.dtype), wide[1].astype(v.dtype), see)
+        return attend(queries, wide[0].astype(k.dtype), wide[1].astype(v.dtype), see, keep=lambda x: x)
 
     out = jax.lax.map(one, (in_blocks(q), in_blocks(own), block * jnp.arange(count)))
-    return jnp.moveaxis(out, 0, 1).reshape(b, count * block, h, d)[:, :t]
+    return kept(jnp.moveaxis(out, 0, 1).reshape(b, count * block, h, d)[:, :t])
