@@ -14,7 +14,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import pytest
 
-from lorax_kernels.cases import CASES, DECODE_ROWS, TRAIN_ROWS
+from lorax_kernels.cases import CASES, DECODE_ROWS, LONG_ROWS, TRAIN_ROWS
 from lorax_kernels.static.tpu import (
     KERNELS,
     MOST_BUNDLES,
@@ -36,7 +36,7 @@ TABLE = json.loads((Path(__file__).parents[2] / "kernels/results/tpu.json").read
 ROWS = {Program(*(row[name] for name in Program._fields)): row for row in TABLE["programs"]}
 
 # Register stores beyond those of XLA's product: 555, and the bar is 160.
-MISSED = ("nf4_matmul_t", "v6e")
+MISSED = ("nf4_matmul_t", "v6e", TRAIN_ROWS)
 
 
 def test_the_table_has_every_program():
@@ -46,15 +46,15 @@ def test_the_table_has_every_program():
 @pytest.mark.parametrize("chip", PODS)
 def test_the_dequantising_loop_is_short(chip):
     rows = [row for program, row in ROWS.items() if program.op in KERNELS and program.chip == chip]
-    assert len(rows) == 5
+    assert len(rows) == 7
     for row in rows:
         assert 0 < row["dequantise_bundles_per_1024"] <= MOST_BUNDLES[chip], row
 
 
+@pytest.mark.parametrize("rows", [TRAIN_ROWS, LONG_ROWS])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("op", PLAIN)
-def test_products_beside_those_of_xla(op, chip):
-    rows = TRAIN_ROWS
+def test_products_beside_those_of_xla(op, chip, rows):
     row = next(row for p, row in ROWS.items() if (p.op, p.chip, p.m) == (op, chip, rows))
     plain = ROWS[Program(PLAIN[op], chip, rows, row["k"], row["n"])]
     assert row["slots"]["MXU"] > 0
@@ -62,14 +62,14 @@ def test_products_beside_those_of_xla(op, chip):
     assert row["cycles_over_bf16"] <= MOST_CYCLES[rows][chip]
     spills = row["slots"].get("VSTORE:SPILL", 0) - plain["slots"].get("VSTORE:SPILL", 0)
     assert row["spills_beyond_bf16"] == spills
-    assert spills <= (MOST_SPILLS if (op, chip) != MISSED else 560)
+    assert spills <= (MOST_SPILLS if (op, chip, rows) != MISSED else 560)
 
 
 def test_what_does_not_reach_its_bar_is_named():
     """On v6e XLA's own transposed product spills a fifth of what its plain one does; the kernel's two spill alike."""
     named = TABLE["beyond_the_bars"]
     assert named == list(beyond(list(ROWS.values())))
-    assert [(row["op"], row["chip"]) for row in named] == [MISSED]
+    assert [(row["op"], row["chip"], row["m"]) for row in named] == [MISSED]
     assert named[0]["figure"] == "spills_beyond_bf16"
 
 
@@ -77,7 +77,7 @@ def test_what_does_not_reach_its_bar_is_named():
 def test_products_on_tpu7x_spill_nothing(op):
     """Their cycles the compiler does not estimate."""
     rows = [row for p, row in ROWS.items() if (p.op, p.chip) == (op, "tpu7x")]
-    assert len(rows) == 2
+    assert len(rows) == 3
     for row in rows:
         assert row["slots"]["MXU"] > 0
         assert row["slots"].get("VSTORE:SPILL", 0) == 0
