@@ -15,6 +15,8 @@ RNG = np.random.default_rng()
 SHAPES = [
     (1, 64, 1, 64),
     (5, 192, 70, 64),
+    (2, 1024, 70, 64),
+    (1, 64, 1100, 64),
     (16, 1024, 96, 64),
     (33, 320, 130, 64),
     (130, 192, 129, 32),
@@ -66,6 +68,7 @@ def test_dequantise_is_exact_to_the_bit(block, double):
 
 
 def test_the_shapes_reach_both_ways_of_decoding():
-    splits = {plan(t, m, k, n, 4, 3).split for m, k, n, _ in SHAPES for t in (False, True)}
-    assert 1 in splits
-    assert max(splits) > 1
+    for transposed in (False, True):
+        splits = {plan(transposed, m, k, n, 4, 3).split for m, k, n, _ in SHAPES if m <= 32}
+        assert 1 in splits
+        assert max(splits) > 1
