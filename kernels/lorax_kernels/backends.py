@@ -10,7 +10,8 @@ from lorax_kernels.dispatch import Backend, Shapes, register
 DEQUANTISE, MATMUL, MATMUL_T = "nf4_dequantise", "nf4_matmul", "nf4_matmul_t"
 MULTI, MULTI_GRAD = "multi_lora", "multi_lora_grad"
 
-# Bounds of the plain JAX rows of `multi_lora`, by measurement on a CPU (`multi_lora/cases.py` has the shapes).
+# Bounds of the plain JAX rows of `multi_lora`: reasoned from operations and bytes moved, to be replaced by measurements
+# (`multi_lora/cases.py` has the shapes).
 ONEHOT_TOTAL, SORTED_ROWS, SORTED_GROUPS = 64, 8, 64
 
 
