@@ -172,6 +172,7 @@ def _first_layer(tree):
     return leaf.A[0], leaf.B[0], leaf.scale, lorax.Axes((), (0,), (1,))
 
 
+@pytest.mark.optimised
 def test_the_frozen_product_stays_one_and_the_bank_is_not_copied(world):
     """In the compiler's own program: one dot with W, whatever the batch; nothing of a layer's bank is sliced out."""
     params, made, _ = world
