@@ -86,3 +86,10 @@ def test_a_mapped_mean_rounds_like_one_alone(count):
     x = jnp.asarray(np.random.default_rng(count).random((31, count), np.float32))
     alone = [float(jax.jit(mean)(row)) for row in x]
     assert np.asarray(jax.jit(jax.vmap(mean))(x)).tolist() == alone
+
+
+def test_a_block_that_is_not_full_is_divided_and_not_multiplied_by_an_inverse():
+    """-7 / 24 lies above a midpoint of FP4 by one bit, and -7 * (1 / 24) on it."""
+    x = jnp.full((1, 120), -7.0).at[0, 0].set(24.0)
+    codes = np.asarray(nf4.quantize(x, 256, False, "fp4").codes).reshape(-1)
+    assert (codes[0], *set(codes[1:].tolist())) == (0x3F, 0xFF)

@@ -129,7 +129,9 @@ def _normalised(blocks: Array, bits: Array, top: Array, rest: int) -> Float32[Ar
     absmax = jnp.where(tiny[..., 0], jnp.maximum(top_raised, floor), jax.lax.bitcast_convert_type(top, jnp.float32))
     scaled = x * (1.0 / absmax)[..., None]
     if rest:
-        last = x[:, -1] / absmax[:, -1, None]
+        # XLA divides by a broadcast number as a product with its inverse, which rounds twice. The maximum is the
+        # block's own whatever x is, and no broadcast to a compiler.
+        last = x[:, -1] / jnp.maximum(absmax[:, -1, None], jnp.abs(x[:, -1]))
         scaled = scaled.at[:, -1].set(last)
     return jnp.clip(scaled, -1.0, 1.0)
 
