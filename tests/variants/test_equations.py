@@ -150,7 +150,8 @@ def test_dora_starts_at_the_weight_and_its_length_is_the_columns():
 
 
 def test_dora_over_a_quantised_base_and_in_bfloat16():
-    packed = lorax.quantize({"w": jnp.asarray(x(3, 64, 8))}, targets="w")
+    # Scaled so that sines of large numbers, three times over, do not magnify the rounding.
+    packed = lorax.quantize({"w": jnp.asarray(0.2 * x(3, 64, 8))}, targets="w")
     leaf = lorax.adapt(KEY, packed, LoraSpec(targets="w", rank=2, variant="dora"))["w"]
     scan = lambda w: jax.lax.scan(lambda c, w: (jnp.sin(c @ w @ w.T), None), 0.1 * x(2, 64), w)[0]  # noqa: E731
     np.testing.assert_allclose(lift(scan)(leaf), scan(lorax.dequantize({"w": packed["w"]})["w"]), atol=1e-4)
