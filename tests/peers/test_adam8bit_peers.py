@@ -14,7 +14,7 @@ import pytest
 
 from lorax.optim import adamw8bit, dequantize_blockwise, quantize_blockwise
 
-pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.peers, pytest.mark.optimised, pytest.mark.filterwarnings("ignore")]
 
 _spec = importlib.util.spec_from_file_location(
     "make_adam8bit", Path(__file__).parents[1] / "golden" / "make_adam8bit.py"

@@ -16,7 +16,7 @@ from lorax.models import load, save_hf
 from lorax.quant import QuantSpec
 from lorax_kernels import nf4
 
-pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.peers, pytest.mark.optimised, pytest.mark.filterwarnings("ignore")]
 
 SHAPES = [(1,), (65,), (5, 13), (100, 70), (576, 192), (1536, 576), (3000, 1001), (4096, 1024)]
 
