@@ -30,12 +30,15 @@ LONGEST = [
     "test_placement",
     "test_quantized",
     "test_bench",
+    "test_bench_multi",
     "test_rules",
     "test_qlora",
     "test_runs",
     "test_decoder",
     "test_methods",
     "test_parity",
+    "test_equations",
+    "test_adapt",
 ]
 
 

@@ -93,6 +93,16 @@ def test_no_two_test_files_share_a_name():
     assert sorted(set(names)) == sorted(names)
 
 
+def test_the_longest_test_files_are_there():
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    (held,) = (
+        node.value
+        for node in ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "LONGEST"
+    )
+    assert set(ast.literal_eval(held)) <= names
+
+
 def test_tests_that_read_compiled_programs_compile_them_as_users_do():
     reads = re.compile(r"\.compile\(\)|\.cost_analysis\(|\.memory_analysis\(")
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
