@@ -166,3 +166,8 @@ def _difference(params: PyTree, config: ModelConfig) -> str:
     if extra:
         return f"params: {extra[0]} is one weight too many {way_out}"
     return "params: not a plain nested dict of arrays; adapted trees go through lorax.lift"
+
+
+def definition_of(config: ModelConfig) -> Any:
+    """The decoder without its arrays, for `nnx.merge`."""
+    return _definition(config, False, None)[0]
