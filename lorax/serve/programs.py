@@ -39,7 +39,7 @@ def row_buckets(most: int) -> list[int]:
         >>> row_buckets(32), row_buckets(3)
         ([4, 16, 32], [3])
     """
-    return sorted({min(n, most) for n in (4, 16, 32, 64, 128)} | {most})[: 6 if most > 128 else 7]
+    return sorted({min(n, most) for n in (4, 16, 32, 64, 128)} | {most})
 
 
 def page_buckets(most: int) -> list[int]:

@@ -121,7 +121,7 @@ class AdapterStore:
         # In order of last use, the oldest first.
         self._host: dict[Adapter, None] = {}
         self._device: dict[Adapter, None] = {}
-        self._idle = 0
+        self._idle = self._host_used = 0
         self._reader = ThreadPoolExecutor(1, "lorax-adapters")
         self.loads_disk = self.loads_device = self.evictions_device = self.evictions_host = 0
 
@@ -335,19 +335,21 @@ class AdapterStore:
 
     def _keep(self, adapter: Adapter) -> None:
         """An adapter is in host memory; others go where that is too much, those that are asked for last."""
+        assert adapter.packed is not None
         self._host[adapter] = None
-        total = sum(a.packed.bytes for a in self._host if a.packed is not None)
+        self._host_used += adapter.packed.bytes
+        if self._host_used <= self._host_bytes:
+            return
         for other in sorted(self._host, key=lambda a: a.refs > 0):
-            if total <= self._host_bytes:
-                break
-            if other is not adapter and other.packed is not None:
-                total -= other.packed.bytes
+            if other is not adapter and self._host_used > self._host_bytes:
                 self._drop_host(other)
                 self.evictions_host += 1
 
     def _drop_host(self, adapter: Adapter) -> None:
-        self._host.pop(adapter, None)
-        adapter.packed = None
+        if adapter.packed is not None:
+            self._host_used -= adapter.packed.bytes
+            del self._host[adapter]
+            adapter.packed = None
 
     def _write(self) -> None:
         if self._folder is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# Tokens that are decoded anew with each new one: a few, so that the new one is joined as it should be. They are cut
+# down to the smaller number when they are more than the larger.
+CONTEXT, MOST = 4, 16
 # What a tokenizer shows for bytes that are no whole character yet.
 PARTIAL = "�"
 
@@ -28,8 +31,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]):
         self._decode, self._stops = tokenizer.decode, tuple(stops)
-        # A few tokens before the new ones: decoded with them and without, the difference is what is new.
-        self._ids, self._known = list(prompt[-4:]), ""
+        # The text of a few tokens before the new ones: what is longer with them is new.
+        self._ids = list(prompt[-CONTEXT:])
         self._known = self._decode(self._ids)
         self._fresh: list[int] = []
         self._held = ""
@@ -53,8 +56,10 @@ class TextStream:
         if text.endswith(PARTIAL) and len(self._fresh) < 8:
             return ""
         new = text[len(self._known) :]
-        self._ids = [*self._ids, *self._fresh][-4:]
-        self._known, self._fresh = self._decode(self._ids), []
+        self._ids, self._known, self._fresh = [*self._ids, *self._fresh], text, []
+        if len(self._ids) > MOST:
+            self._ids = self._ids[-CONTEXT:]
+            self._known = self._decode(self._ids)
         return new
 
     def _show(self, new: str) -> str:

@@ -18,7 +18,8 @@ LENGTH = 48
 SHAPE = ModelConfig("llama", 37, 24, 40, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=4, tie_embeddings=True)
 # One of every kind: odd ranks, a rank for each weight, few weights, a rank of several pieces.
 RANKS = {"one": 3, "two": {"*mlp*": 11, "*": 5}, "three": 8}
-PAGE_BYTES = 4 * 2 * 2 * 2 * 4 * 4
+PAGE_TOKENS = 6
+PAGE_BYTES = 4 * 2 * 2 * 2 * 4 * PAGE_TOKENS
 
 
 @cache
@@ -78,8 +79,15 @@ def save(folder):
         lorax.save_adapter(folder / name, tree)
 
 
-def config(pages=400, **changes):
-    given = {"max_batch": 4, "max_length": LENGTH, "page_tokens": 4, "chunk": 8, "max_rank": 12, "compiled": _folder()}
+def config(pages=300, **changes):
+    given = {
+        "max_batch": 4,
+        "max_length": LENGTH,
+        "page_tokens": PAGE_TOKENS,
+        "chunk": 8,
+        "max_rank": 12,
+        "compiled": _folder(),
+    }
     return EngineConfig(**{**given, "pool_bytes": pages * PAGE_BYTES, **changes})
 
 

@@ -113,7 +113,7 @@ def test_stop_tokens_cancelled_requests_and_deadlines(engine):
 
 
 def test_a_full_pool_preempts_and_gives_the_same_texts(folder):
-    with started(folder, pages=100, prefix_cache=False) as small:
+    with started(folder, pages=68, prefix_cache=False) as small:
         asked = requests(10, new=20, seed=6)
         got = [handle.result(60) for handle in [small.submit(request) for request in asked]]
         assert [event.tokens for event in got] == [alone(request) for request in asked]
