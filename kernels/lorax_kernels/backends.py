@@ -24,15 +24,29 @@ def _loads() -> str | None:
 
 
 def _pallas(op: str, s: Shapes, chip: str) -> str | None:
+    if op in (MULTI, MULTI_GRAD):
+        from lorax_kernels.multi_lora import pallas_tpu as multi
+
+        return _split(s) or multi.refuse(op, s.m, s.k, s.n, s.dtype, s.rank, s.groups, s.total, chip)
     from lorax_kernels.nf4_matmul import pallas_tpu
 
     return pallas_tpu.refuse(op, s.m, s.k, s.n, s.dtype, s.block_size, s.rank, chip)
 
 
 def _triton(op: str, s: Shapes, chip: str) -> str | None:
+    if op in (MULTI, MULTI_GRAD):
+        from lorax_kernels.multi_lora import triton_gpu as multi
+
+        return _split(s) or multi.refuse(op, s.m, s.k, s.n, s.dtype, s.rank, s.groups, chip)
     from lorax_kernels.nf4_matmul import triton_gpu
 
     return triton_gpu.refuse(op, s.m, s.k, s.n, s.dtype, s.block_size, s.rank, chip)
+
+
+def _split(s: Shapes) -> str | None:
+    if s.split:
+        return "the compiler splits this program over devices, and takes no kernel apart; under shard_map it serves"
+    return None
 
 
 def _multi_onehot(op: str, s: Shapes, chip: str) -> str | None:
@@ -61,8 +75,8 @@ def _triton_broken() -> str | None:
     return None
 
 
-register(Backend("pallas", ("tpu",), (DEQUANTISE, MATMUL, MATMUL_T), _pallas, _loads))
-register(Backend("triton", ("cuda",), (DEQUANTISE, MATMUL, MATMUL_T), _triton, _triton_broken))
+register(Backend("pallas", ("tpu",), (DEQUANTISE, MATMUL, MATMUL_T, MULTI, MULTI_GRAD), _pallas, _loads))
+register(Backend("triton", ("cuda",), (DEQUANTISE, MATMUL, MATMUL_T, MULTI, MULTI_GRAD), _triton, _triton_broken))
 # The last serves everything. On a CPU it is the implementation, elsewhere what is left.
 register(Backend("xla_onehot", (), (MULTI, MULTI_GRAD), _never, _loads, _multi_onehot))
 register(Backend("xla_sorted", (), (MULTI, MULTI_GRAD), _never, _loads, _multi_sorted))

@@ -32,6 +32,7 @@ class Shapes:
 
     groups, total: of many adapters in one product, how many groups the m rows form, and the sum of all ranks stored;
     `rank` is then the bound on each.
+    split: whether the compiler splits the program over several devices, known where the operation is lowered.
     """
 
     m: int
@@ -42,6 +43,7 @@ class Shapes:
     rank: int = 0
     groups: int = 0
     total: int = 0
+    split: bool = False
 
 
 @dataclass(frozen=True)

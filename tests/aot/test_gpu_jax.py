@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from step_support import CONFIG, compiled
 
 from lorax_kernels import Shapes, explain, nf4, nf4_matmul, target
+from lorax_kernels.multi_lora import Segments, grouped
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore")]
 
@@ -66,6 +67,28 @@ def test_product_and_gradient(gpu, rows):
         text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*args).compile().as_text()
     assert kernels(text) == 2
     assert not re.search(r"(f32|bf16)\[(384,512|512,384)\]", text), "W was built"
+
+
+@pytest.mark.parametrize(("groups", "rows"), [(32, 1), (8, 64)], ids=["decode", "train"])
+def test_many_adapters_and_their_gradients(gpu, groups, rows):
+    """Two launches for the product and two for each gradient, of which x a^T and dy b^T are made once for two of them;
+    and no factor is copied or cast outside of them."""
+    k, n, total, rank = 512, 384, 1016, 40
+    put = SingleDeviceSharding(gpu)
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype, sharding=put)  # noqa: E731
+    half, wide, whole = jnp.bfloat16, jnp.float32, jnp.int32
+
+    def loss(x, a, b, y, start, ranks, weight):
+        out = grouped(x, a, b, Segments(start, start, ranks, weight), rank, y)
+        return jnp.sum(out.astype(wide) ** 2)
+
+    groupwise = [shape(whole, groups), shape(whole, groups), shape(wide, groups)]
+    args = (shape(half, groups, rows, k), shape(wide, total, k), shape(wide, total, n), shape(half, groups, rows, n))
+    with target("cuda", "sm_90"):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args, *groupwise).compile().as_text()
+    assert kernels(text) == 6
+    assert not re.search(rf"= (f32|bf16)\[{total},({k}|{n})\]\S* (copy|convert|transpose)\(", text)
+    assert not re.search(rf"= bf16\[{total},", text)
 
 
 def test_the_whole_training_step(gpu):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,18 @@ def _loop(in_order: bool) -> Implementation:
     )
 
 
+def _on_chip(module: str) -> Implementation:
+    """A module whose compiler is there only where its chip is: imported when it is called."""
+
+    def run(name: str, *operands: Any, options: Any) -> Any:
+        return getattr(importlib.import_module(f"lorax_kernels.multi_lora.{module}"), name)(*operands, options=options)
+
+    return Implementation(functools.partial(run, "apply"), functools.partial(run, "grad"))
+
+
 _NAMED = {
+    "pallas": _on_chip("pallas_tpu"),
+    "triton": _on_chip("triton_gpu"),
     "xla": _loop(True),
     "xla_sorted": _loop(False),
     "xla_onehot": Implementation(onehot.apply, onehot.grad),

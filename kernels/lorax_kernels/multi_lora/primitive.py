@@ -29,6 +29,8 @@ from lorax_kernels.dispatch import Shapes, explain
 from lorax_kernels.multi_lora.reference import sum_dtype
 
 APPLY, GRAD = "multi_lora", "multi_lora_grad"
+# Rows of the table that no compiler takes apart.
+KERNELS = ("pallas", "triton")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,27 @@ def grad(
 
 
 def _choose(op: str, groups: int, rows: int, k: int, n: int, total: int, dtype: Any, options: Options) -> str:
-    shapes = Shapes(groups * rows, k, n, str(jnp.dtype(dtype)), rank=options.max_rank, groups=groups, total=total)
-    return explain(op, shapes).chosen
+    return explain(op, _shapes(groups, rows, k, n, total, dtype, options)).chosen
+
+
+def _shapes(
+    groups: int, rows: int, k: int, n: int, total: int, dtype: Any, options: Options, split: bool = False
+) -> Shapes:
+    name = str(jnp.dtype(dtype))
+    return Shapes(groups * rows, k, n, name, rank=options.max_rank, groups=groups, total=total, split=split)
+
+
+def _rechosen(op: str, avals: Any, options: Options) -> Options:
+    """The choice where the compiler splits the program over devices, which is known only now."""
+    if op == APPLY:
+        x, a, b = avals[1:4] if options.adds else avals[:3]
+        k, n, total = x.shape[2], b.shape[1], a.shape[0]
+    else:
+        x, dy = avals[:2]
+        k, n, total = x.shape[2], dy.shape[2], options.total
+    groups, rows = x.shape[:2]
+    shapes = _shapes(groups, rows, k, n, total, x.dtype, options, split=True)
+    return replace(options, backend=explain(op, shapes).chosen)
 
 
 def _alike(operands: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -105,17 +126,29 @@ def _jitted(run: Any) -> Any:
     return jax.jit(run, static_argnames="options")
 
 
-def _define(primitive: Primitive, run: Any, shape: Any) -> None:
-    primitive.def_impl(lambda *operands, options: _jitted(run)(*operands, options=options))
+def _define(primitive: Primitive, op: str, run: Any, shape: Any) -> None:
+    # Compiled, and so lowered by the rule below.
+    primitive.def_impl(lambda *operands, options: _jitted(primitive.bind)(*operands, options=options))
     primitive.def_abstract_eval(shape)
     lower = mlir.lower_fun(run, multiple_results=False)
 
     def rule(ctx: Any, *operands: Any, options: Options) -> Any:
         # What varies over which mesh axis has been settled: a backend sees one device's arrays.
         plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        if options.backend in KERNELS and _is_split(ctx.module_context.axis_context):
+            options = _rechosen(op, plain, options)
         return lower(ctx.replace(avals_in=plain), *operands, options=options)
 
     mlir.register_lowering(primitive, rule)
+
+
+def _is_split(context: Any) -> bool:
+    """Whether the compiler splits what is lowered over devices. Under a `shard_map` over all axes it does not."""
+    if isinstance(context, mlir.SPMDAxisContext):
+        mesh = context.mesh
+        manual = context.manual_axes | frozenset(mesh.manual_axes)
+        return mesh.size > 1 and manual != frozenset(mesh.axis_names)
+    return getattr(context, "num_devices", 1) not in (1, None)
 
 
 def _apply_shape(*avals: Any, options: Options) -> Any:
@@ -127,8 +160,8 @@ def _grad_shape(x: Any, dy: Any, b: Any, *_: Any, options: Options) -> Any:
     return b.update(shape=(options.total, x.shape[2]), dtype=options.dtype, weak_type=False)
 
 
-_define(apply_p, _run_apply, _apply_shape)
-_define(grad_p, _run_grad, _grad_shape)
+_define(apply_p, APPLY, _run_apply, _apply_shape)
+_define(grad_p, GRAD, _run_grad, _grad_shape)
 
 
 # Batching. What is mapped becomes groups; mapped factors lie one after the other along the total rank.

@@ -92,10 +92,11 @@ def compile_for(program: Program, capability: int) -> dict[str, Any]:
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
     source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _read(built, capability)
+    return read(built, triton_kernels, _OPERANDS)
 
 
-def _read(built: Any, capability: int) -> dict[str, Any]:
+def read(built: Any, module: Any, operands: dict[str, str]) -> dict[str, Any]:
+    """What `compile_for` returns. operands: name -> the text of the lines of `module` that load it."""
     tools = Path(sys.modules["triton"].__file__ or "").parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -113,7 +114,7 @@ def _read(built: Any, capability: int) -> dict[str, Any]:
         "tensor_core": next((name for name in TENSOR_CORES if name in code), None),
         "loads": {str(width): loads.count(width) for width in sorted(set(loads))},
         "stores": {str(width): stores.count(width) for width in sorted(set(stores))},
-        "narrowest": _narrowest(built.asm["ptx"]),
+        "narrowest": _narrowest(built.asm["ptx"], Path(module.__file__).read_text(), operands),
     }
 
 
@@ -121,12 +122,10 @@ def _read(built: Any, capability: int) -> dict[str, Any]:
 _OPERANDS = {"x": "left = load_tile(", "codes": "packed = tl.load("}
 
 
-def _narrowest(ptx: str) -> dict[str, int]:
+def _narrowest(ptx: str, source: str, operands: dict[str, str]) -> dict[str, int]:
     """The fewest bytes that one load of an operand takes, by the source lines that the program's loads name."""
-    from lorax_kernels.nf4_matmul import triton_kernels
-
-    source = Path(triton_kernels.__file__).read_text().splitlines()
-    lines = {what: {i for i, line in enumerate(source, 1) if text in line} for what, text in _OPERANDS.items()}
+    numbered = list(enumerate(source.splitlines(), 1))
+    lines = {what: {i for i, line in numbered if text in line} for what, text in operands.items()}
     found: dict[str, list[int]] = {}
     here: set[int] = set()
     for line in ptx.splitlines():
@@ -134,7 +133,7 @@ def _narrowest(ptx: str) -> dict[str, int]:
             # The line itself, and the one that called its function.
             here = {int(number) for number in re.findall(r"(?:\.loc\t|inlined_at )\d+ (\d+)", line)}
         width = _loaded(line)
-        for what in _OPERANDS if width else ():
+        for what in operands if width else ():
             if here & lines[what]:
                 found.setdefault(what, []).append(width)
     return {what: min(widths) for what, widths in found.items()}
