@@ -57,15 +57,14 @@ def four_bit_rows(
     block_size: int,
     dtype: Any,
 ) -> Float[Array, "*rows values"]:
-    """Rows of whole blocks: look up the two values of each byte at once, multiply with the block's scale.
+    """Rows of whole blocks: both nibbles of a byte by one shift, a look-up among 16, and the block's scale.
 
-    One gather of pairs from 256 is what XLA's CPU compiler turns into the fewest instructions; a gather of single
-    values from 16, in this order of the nibbles, took twice as long, a tree of selects ten times.
+    Of seven ways to say this, the one that XLA's CPU compiler does about equally well for AVX2 and AVX-512 (4.2 ms for
+    4096 x 4096 where x + 1 takes 4.5). A gather of pairs from 256 takes 3.1 and 9.7 ms, a tree of selects 44.
     """
-    byte = np.arange(256)
-    pairs = jnp.asarray(np.stack([codebook[byte >> 4], codebook[byte & 15]], axis=-1))
-    values = pairs.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-    values = values.reshape(*scales.shape, block_size) * scales[..., None]
+    shifts = jnp.asarray([4, 0], jnp.int32)
+    code = (codes.reshape(*scales.shape, -1, 1).astype(jnp.int32) >> shifts) & 15
+    values = jnp.asarray(codebook).at[code].get(mode="promise_in_bounds") * scales[..., None, None]
     return values.astype(dtype).reshape(*codes.shape[:-1], -1)
 
 
