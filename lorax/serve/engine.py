@@ -116,6 +116,11 @@ class Engine:
         """Started, and not ending."""
         return self._worker.serving
 
+    @property
+    def failure(self) -> str | None:
+        """Why the engine ended by itself; None while it has not."""
+        return self._worker.failure
+
     def submit(self, request: Request) -> Handle:
         """Queue a request. Never waits.
 

@@ -53,13 +53,15 @@ def attend_pages(
     q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(n, t, kv, heads // kv, d)
     q = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(n, kv, -1, d)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    parts = [(_scores(q, keys, see, t), values) for keys, values, see in ((old_k, old_v, before), (k, v, own))]
-    peak = jnp.maximum(*(jnp.max(scores, axis=-1, keepdims=True) for scores, _ in parts))
-    total, out = jnp.float32(0), jnp.float32(0)
-    for scores, values in parts:
-        p = jnp.exp(scores - peak)
-        total = total + jnp.sum(p, axis=-1, keepdims=True)
-        out = out + _batched(p.astype(values.dtype), values, 2)
+    scores = _masked(_batched(q, old_k, 3), before)
+    # With one token a row its own key and value are a sum and a product, not a thousand small matrix products.
+    one = t == 1
+    mine = jnp.sum(q * k, axis=-1, keepdims=True).astype(jnp.float32) if one else _masked(_batched(q, k, 3), own)
+    peak = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (scores, mine)))
+    p, p_mine = jnp.exp(scores - peak), jnp.exp(mine - peak)
+    total = jnp.sum(p, axis=-1, keepdims=True) + jnp.sum(p_mine, axis=-1, keepdims=True)
+    out = _batched(p.astype(q.dtype), old_v, 2)
+    out = out + (p_mine * v.astype(jnp.float32) if one else _batched(p_mine.astype(q.dtype), v, 2))
     out = (out / total).astype(q.dtype).reshape(n, kv, heads // kv, t, d)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(n, t, heads, d)
 
@@ -69,10 +71,11 @@ def _batched(x: Array, y: Array, axis: int) -> Array:
     return jax.lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, see: Bool[Array, "rows tokens keys"], t: int) -> Array:
-    n, kv, many, _ = q.shape
-    scores = _batched(q, k, 3).reshape(n, kv, many // t, t, -1)
-    return jnp.where(see[:, None, None], scores, HIDDEN).reshape(n, kv, many, -1)
+def _masked(scores: Array, see: Bool[Array, "rows tokens keys"]) -> Array:
+    """Scores (rows, kv, group * tokens, keys) of what may be seen."""
+    n, kv, many, keys = scores.shape
+    t = see.shape[1]
+    return jnp.where(see[:, None, None], scores.reshape(n, kv, many // t, t, keys), HIDDEN).reshape(scores.shape)
 
 
 def _visible(place: Geometry, rows: Rows, t: int, window: Array | int | None) -> tuple[Array, Array]:

@@ -57,15 +57,16 @@ def page_buckets(most: int) -> list[int]:
 
 
 def prefill_shapes(chunk: int, max_batch: int) -> list[Shape]:
-    """One long prompt, or several short ones, in about as much work.
+    """One long prompt, several short ones in as much work, or a single short one.
 
     Example:
         >>> prefill_shapes(128, 32)
-        [Shape(rows=1, tokens=128), Shape(rows=4, tokens=32)]
+        [Shape(rows=1, tokens=128), Shape(rows=4, tokens=32), Shape(rows=1, tokens=32)]
     """
-    rows = min(4, max_batch)
-    shapes = [Shape(1, chunk), Shape(rows, max(2, chunk // 4))]
-    return shapes if rows > 1 and chunk >= 8 else shapes[:1]
+    rows, part = min(4, max_batch), chunk // 4
+    shapes = [Shape(1, chunk)]
+    shapes += [Shape(rows, part)] if rows > 1 and part > 1 else []
+    return shapes + ([Shape(1, part)] if part >= 16 else [])
 
 
 class Programs:

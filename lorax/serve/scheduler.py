@@ -23,6 +23,8 @@ from lorax.serve.sequence import Sequence
 GRACE = 0.5
 # Pages left for those that run when another is admitted.
 RESERVE = 4
+# What a step costs besides its tokens, in tokens: the weights are read.
+STEP_COST = 24
 READY, LOADING, NO_ROOM, FAILED = "ready", "loading", "no room", "failed"
 
 
@@ -81,7 +83,7 @@ class Scheduler:
         pool, cache, adapters: who has which page.
         page_tokens: tokens of a page.
         max_batch: sequences that run together.
-        shapes: of prefill programs, the widest rows first.
+        shapes: of prefill programs.
         patience: see `WaitingLine`.
     """
 
@@ -271,11 +273,15 @@ class Scheduler:
     # Prefill.
 
     def _prefill(self, reading: list[Sequence], others: bool) -> tuple[Shape | None, list[tuple[Sequence, int]]]:
-        """Whose prompts are read on, in the program that reads most of them."""
+        """Whose prompts are read on, in the program that computes least for nothing."""
         if not reading:
             return None, []
-        useful = lambda shape: sum(min(s.todo, shape.tokens) for s in reading[: shape.rows])  # noqa: E731
-        shape = max(self.shapes, key=lambda shape: (useful(shape), shape.tokens))
+
+        def gain(shape: Shape) -> float:
+            useful = sum(min(s.todo, shape.tokens) for s in reading[: shape.rows])
+            return useful / (shape.rows * shape.tokens + STEP_COST)
+
+        shape = max(self.shapes, key=gain)
         out: list[tuple[Sequence, int]] = []
         for sequence in reading[: shape.rows]:
             # Those that wait for their turn hold pages too: where nothing else runs, one of them gives way.

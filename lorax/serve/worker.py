@@ -34,6 +34,7 @@ class Worker:
 
     inbox, cancelled, live: new requests, handles to cancel, all sequences that are not over; under `turn`.
     pace: seconds between requests that end, smoothed.
+    failure: why the thread ended by itself.
     """
 
     def __init__(self, programs: Programs, store: AdapterStore, eos: frozenset[int]):
@@ -45,6 +46,7 @@ class Worker:
         self.cancelled: deque[Handle] = deque()
         self.live: dict[int, Sequence] = {}
         self.draining = False
+        self.failure: str | None = None
         self.pace = 1.0
         self._batches, self._post = Batches(programs), Post()
         self._thread: threading.Thread | None = None
@@ -89,7 +91,7 @@ class Worker:
                 self._once()
         except Exception as caught:
             # Whoever waits for a token must hear of it; the thread's own report follows.
-            error = f"the engine failed: {type(caught).__name__}: {caught}"
+            self.failure = error = f"the engine failed: {type(caught).__name__}: {caught}"
             self._fail_all("error", error)
             raise
         finally:

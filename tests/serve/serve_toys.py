@@ -9,9 +9,11 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 import lorax
 from lorax.models import Model, ModelConfig
+from lorax.models.tokenizer import Tokenizer
 from lorax.serve import Engine, EngineConfig, Request, Sampling
 
 LENGTH = 48
@@ -24,8 +26,13 @@ PAGE_BYTES = 4 * 2 * 2 * 2 * 4 * PAGE_TOKENS
 
 @cache
 def model() -> Model:
+    """With weights that matter, and a word for each token."""
     drawn = Model.init(SHAPE, jax.random.key(0))
-    return dataclasses.replace(drawn, params=jax.tree.map(lambda x: x * 6, drawn.params))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(SHAPE.vocab_size)}, unk_token="w0")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return dataclasses.replace(drawn, params=jax.tree.map(lambda x: x * 6, drawn.params), tokenizer=Tokenizer(inner))
 
 
 @cache

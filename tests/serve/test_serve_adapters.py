@@ -9,20 +9,13 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from serve_toys import LENGTH, SHAPE, adapters, alone, config, idle, model, requests, save, started
+from serve_toys import LENGTH, SHAPE, adapters, alone, config, idle, model, requests, started
 
 import lorax
 from lorax.models import Model
 from lorax.serve import AdapterError, Engine, Request, Sampling, UnknownAdapter
 
 GREEDY = Sampling(temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapters")
-    save(path)
-    return path
 
 
 def ask(engine, name, new=6):
@@ -61,45 +54,48 @@ def test_tiers_follow_use_and_answers_do_not_change(folder, tmp_path):
     assert {row["name"] for row in json.loads((kept / "adapters.json").read_text())["adapters"]} == {"one", "three"}
 
 
-def test_a_name_that_is_replaced_or_removed_ends_what_runs_as_it_began(folder):
-    with started(folder) as engine:
-        long = Request((5, 3, 1), "one", 30, GREEDY)
-        before = engine.submit(long)
-        next(iter(before))
-        info = engine.load("one", folder / "two", replace=True)
-        assert info.digest == engine.adapter("two").digest
-        after = engine.submit(long)
-        # The same prompt under the same name: pages that the old weights filled are not for the new ones.
-        other = dataclasses.replace(long, adapter="two")
-        assert after.result(60).tokens == alone(other) != alone(long)
-        assert before.result(60).tokens == alone(long)[1:]
-        running = engine.submit(other)
-        engine.unload("two")
-        assert running.result(60).tokens == alone(other)
-        with pytest.raises(UnknownAdapter):
-            engine.submit(other)
-        with pytest.raises(AdapterError) as taken:
-            engine.load("one", folder / "two")
-        assert taken.value.reason == "exists"
-        assert idle(engine)
+def test_a_name_that_is_replaced_or_removed_ends_what_runs_as_it_began(engine, folder):
+    engine.load("mine", folder / "one")
+    engine.load("theirs", folder / "two")
+    ask_long = lambda name: engine.submit(Request((5, 3, 1), name, 30, GREEDY))  # noqa: E731
+    first, second = (alone(Request((5, 3, 1), name, 30, GREEDY)) for name in ("one", "two"))
+    assert first != second
+    before = ask_long("mine")
+    next(iter(before))
+    info = engine.load("mine", folder / "two", replace=True)
+    assert info.digest == engine.adapter("two").digest != engine.adapter("one").digest
+    # The same prompt under the same name: pages that the old weights filled are not for the new ones.
+    after = ask_long("mine")
+    assert before.result(60).tokens == first[1:]
+    assert after.result(60).tokens == second
+    running = ask_long("theirs")
+    engine.unload("theirs")
+    assert running.result(60).tokens == second
+    with pytest.raises(UnknownAdapter):
+        ask_long("theirs")
+    with pytest.raises(AdapterError) as taken:
+        engine.load("mine", folder / "two")
+    assert taken.value.reason == "exists"
+    engine.unload("mine")
+    assert idle(engine)
 
 
-def test_the_prefix_cache_never_gives_one_adapters_pages_to_another(folder):
+def test_the_prefix_cache_never_gives_one_adapters_pages_to_another(engine):
     """Every adapter and the base read one prompt; with shared pages the later ones would answer as the first."""
     prompt = tuple(range(1, 18))
     asked = [Request(prompt, name, 6, GREEDY) for name in (None, *adapters())]
     wanted = [alone(request) for request in asked]
     assert len(set(wanted)) == len(wanted)
-    with started(folder) as engine:
-        for _ in range(2):
-            for request, answer in zip(asked, wanted, strict=True):
-                assert engine.submit(request).result(60).tokens == answer
-        stats = engine.stats()
-        assert stats.prefix_hits == 4 * 2
-        assert stats.cached_tokens == 4 * 12
+    before = engine.stats()
+    for _ in range(2):
+        for request, answer in zip(asked, wanted, strict=True):
+            assert engine.submit(request).result(60).tokens == answer
+    stats = engine.stats()
+    assert stats.prefix_hits - before.prefix_hits == 4 * 2
+    assert stats.cached_tokens - before.cached_tokens == 4 * 12
 
 
-def test_what_cannot_be_loaded_says_why_and_harms_nobody(folder, tmp_path):
+def test_what_cannot_be_loaded_says_why_and_harms_nobody(engine, folder, tmp_path):
     def broken(name, change):
         shutil.copytree(folder / "one", tmp_path / name)
         change(tmp_path / name)
@@ -131,15 +127,14 @@ def test_what_cannot_be_loaded_says_why_and_harms_nobody(folder, tmp_path):
         tmp_path / "dora": "unsupported",
         tmp_path / "embedding": "unsupported",
     }
-    with started(folder) as engine:
-        request, handle = ask(engine, "one", 40)
-        for path, reason in reasons.items():
-            with pytest.raises(AdapterError) as refused:
-                engine.load("new", path)
-            assert refused.value.reason == reason, refused.value
-            assert "\n" not in str(refused.value)
-        assert {info.name for info in engine.adapters()} == set(adapters())
-        assert handle.result(60).tokens == alone(request)
+    request, handle = ask(engine, "one", 40)
+    for path, reason in reasons.items():
+        with pytest.raises(AdapterError) as refused:
+            engine.load("new", path)
+        assert refused.value.reason == reason, refused.value
+        assert "\n" not in str(refused.value)
+    assert {info.name for info in engine.adapters()} == set(adapters())
+    assert handle.result(60).tokens == alone(request)
 
 
 def test_a_disk_that_is_gone_fails_those_who_need_it_alone(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 import threading
@@ -9,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 import tokenizers
-from serve_toys import SHAPE, alone, config, idle, model, requests, save, started
+from serve_toys import SHAPE, alone, idle, requests, started
 
 from lorax.models.tokenizer import Tokenizer
-from lorax.serve import Engine, Request, Sampling
+from lorax.serve import Request, Sampling
 from lorax.serve.text import TextStream
 
 
@@ -72,33 +73,20 @@ def test_bytes_that_are_no_character_do_not_hold_the_text_up():
     assert "�" in "".join(got)
 
 
-@pytest.fixture(scope="module")
-def talking():
-    """The toy model with a word for each token."""
-    words = {f"w{i}": i for i in range(SHAPE.vocab_size)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return dataclasses.replace(model(), tokenizer=Tokenizer(inner))
-
-
-def test_a_stop_string_ends_a_request(talking):
+def test_a_stop_string_ends_a_request(engine):
     request = requests(1, new=12, seed=5)[0]
     answer = alone(request)
-    with Engine(talking, config(max_batch=1)) as engine:
-        engine.start()
-        whole = engine.submit(request).result(60)
-        assert whole.text.split() == [f"w{token}" for token in answer]
-        stop = f"w{answer[4]}"
-        event = engine.submit(dataclasses.replace(request, stop=(stop,))).result(60)
-        assert event.finish == "stop"
-        assert event.text == whole.text[: whole.text.index(stop)]
-        assert idle(engine)
+    whole = engine.submit(request).result(60)
+    assert whole.text.split() == [f"w{token}" for token in answer]
+    stop = f"w{answer[4]}"
+    event = engine.submit(dataclasses.replace(request, stop=(stop,))).result(60)
+    assert event.finish == "stop"
+    assert event.text == whole.text[: whole.text.index(stop)]
+    assert idle(engine)
 
 
-def test_many_threads_that_come_and_go(tmp_path_factory):
+def test_many_threads_that_come_and_go(folder):
     """Clients of their own threads, some of which leave: every answer that ends is the one given alone."""
-    folder = tmp_path_factory.mktemp("adapters")
-    save(folder)
     asked = requests(6, new=10, seed=4)
     wanted = [alone(request) for request in asked]
     wrong = []
@@ -136,13 +124,30 @@ def test_many_threads_that_come_and_go(tmp_path_factory):
         assert all(info.in_use == 0 for info in engine.adapters())
 
 
-def test_random_sampling_through_the_engine_is_in_its_range(talking):
-    with Engine(talking, config(max_batch=1)) as engine:
-        engine.start()
-        many = [engine.submit(Request((1, 2), max_new_tokens=4, sampling=Sampling(seed=i))) for i in range(6)]
-        tokens = [handle.result(60).tokens for handle in many]
-        assert len(set(tokens)) > 1
-        assert np.all((np.array(tokens) >= 0) & (np.array(tokens) < SHAPE.vocab_size))
-        drawn = engine.submit(Request((1, 2), max_new_tokens=4))
-        again = Request((1, 2), max_new_tokens=4, sampling=Sampling(seed=drawn.seed))
-        assert drawn.result(60).tokens == engine.submit(again).result(60).tokens
+def test_draws_differ_and_a_told_seed_repeats_them(engine):
+    many = [engine.submit(Request((1, 2), max_new_tokens=4, sampling=Sampling(seed=i))) for i in range(6)]
+    tokens = [handle.result(60).tokens for handle in many]
+    assert len(set(tokens)) > 1
+    assert np.all((np.array(tokens) >= 0) & (np.array(tokens) < SHAPE.vocab_size))
+    drawn = engine.submit(Request((1, 2), max_new_tokens=4))
+    again = Request((1, 2), max_new_tokens=4, sampling=Sampling(seed=drawn.seed))
+    assert drawn.result(60).tokens == engine.submit(again).result(60).tokens
+
+
+def test_an_event_loop_takes_events_as_they_come(engine):
+    asked = requests(3, new=6, seed=8)
+
+    async def one(request):
+        handle = engine.submit(request)
+        events = [event async for event in handle]
+        assert [event.finish for event in events[:-1]] == [None] * (len(events) - 1)
+        return tuple(token for event in events for token in event.tokens)
+
+    async def everything():
+        streams = await asyncio.gather(*map(one, asked))
+        return streams, await engine.submit(asked[0]).wait()
+
+    streams, whole = asyncio.run(everything())
+    assert streams == [alone(request) for request in asked]
+    assert whole.tokens == streams[0]
+    assert whole.usage.completion_tokens == 6
