@@ -13,7 +13,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-locat
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: quickstart test suite test-peers test-aot lint base clean check-python
+.PHONY: quickstart test suite test-serve test-peers test-aot lint base clean check-python
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 64 --batch-size 16 \
@@ -24,7 +24,7 @@ test: lint suite
 # The tests alone. TESTS picks some: make suite TESTS=tests/lift
 TESTS ?= tests
 suite: base
-	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot -m "not peers and not aot" -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
+	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot -m "not peers and not aot and not serve" -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -33,6 +33,10 @@ lint: $(VENV)/.tested
 
 base: $(VENV)/.tested
 	$(BIN)/python -c "from lorax.models import resolve_base; print(resolve_base('smollm2-135m'))"
+
+# The server process under load for two minutes, and its page in Chromium, which must be there (apt-get install chromium).
+test-serve: $(VENV)/.tested
+	$(BIN)/python -m pytest tests/serve_http -m serve -q
 
 # The wider tier: torch, transformers and PEFT beside lorax. It fails, and does not skip, if they are missing.
 test-peers: $(PEERS)/.installed

@@ -31,6 +31,8 @@ LONGEST = [
     "test_quantized",
     "test_bench",
     "test_bench_multi",
+    "test_http_process",
+    "test_http_refusals",
     "test_rules",
     "test_qlora",
     "test_runs",

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("lorax.cli.inspect", "what is in an adapter or a base model"),
     "analyze": ("lorax.cli.analyze", "what happened to the weights, between two models or adapters"),
     "plan": ("lorax.cli.plan", "will it fit, what will it cost: by arithmetic, or by the chip's own compiler"),
+    "serve": ("lorax.cli.serve", "answer requests over HTTP, thousands of adapters over one base"),
+    "keys": ("lorax.cli.keys", "API keys of lorax serve: who may ask, and for which adapters"),
     "bench": ("lorax.bench.command", "figures of this machine: the step against PEFT, full fine-tuning and its floor"),
 }
 
