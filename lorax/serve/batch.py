@@ -28,9 +28,7 @@ class Batches:
         """The tokens that are next, and the pages they belong to."""
         size = self._programs.place.page_tokens
         need = max(-(-(s.computed + count) // size) for s, count in work)
-        pages = self._programs.bucket(
-            self._programs.pages, max(need, min(-(-tokens // size), self._programs.pages[-1]))
-        )
+        pages = self._programs.bucket(self._programs.pages(rows, tokens), need)
         out = Rows(
             np.zeros((rows, tokens), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32),
             np.zeros((rows, pages), np.int32),
@@ -38,7 +36,8 @@ class Batches:
         for r, (s, count) in enumerate(work):
             out.ids[r, :count] = s.tokens[s.computed : s.computed + count]
             out.start[r], out.count[r] = s.computed, count
-            out.table[r, : len(s.pages)] = s.pages
+            held = s.pages[:pages]
+            out.table[r, : len(held)] = held
         return out
 
     def route(self, work: list[tuple[Sequence, int]], rows: int) -> delta.Route:

@@ -59,7 +59,7 @@ class WaitingLine:
         self._size += 1
 
     def leave(self, sequence: Sequence) -> None:
-        """A request is over. A tenant without any loses its counter once all others' are above it."""
+        """A request is over. When nobody is left, all begin anew."""
         tenant = sequence.request.tenant
         self._active[tenant] -= 1
         if not self._active[tenant]:

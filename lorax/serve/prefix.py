@@ -109,13 +109,6 @@ class PrefixCache:
             done += 1
         return done
 
-    def forget(self, root: Root) -> None:
-        """Drop what an adapter computed and nobody uses: it is gone."""
-        mine = [node for node in self._idle if _root(node) == root]
-        for node in sorted(mine, key=_depth, reverse=True):
-            if not node.children:
-                self._drop(node)
-
     def _use(self, node: Node) -> None:
         node.users += 1
         self._idle.pop(node, None)
@@ -126,16 +119,3 @@ class PrefixCache:
         if node.parent is not None:
             node.parent.children -= 1
         self._pool.give([node.page])
-
-
-def _root(node: Node) -> Root:
-    while node.parent is not None:
-        node = node.parent
-    return str(node.key[0])
-
-
-def _depth(node: Node) -> int:
-    depth = 0
-    while node.parent is not None:
-        node, depth = node.parent, depth + 1
-    return depth

@@ -42,18 +42,16 @@ def row_buckets(most: int) -> list[int]:
     return sorted({min(n, most) for n in (4, 16, 32, 64, 128)} | {most})
 
 
-def page_buckets(most: int) -> list[int]:
-    """Context lengths in pages: each at most twice the one before.
+def page_buckets(most: int, fine: bool = False) -> list[int]:
+    """Context lengths in pages: each at most twice the one before, and with those halfway between.
 
     Example:
-        >>> page_buckets(64), page_buckets(7)
-        ([4, 8, 16, 32, 64], [4, 7])
+        >>> page_buckets(64), page_buckets(7), page_buckets(20, fine=True)
+        ([4, 8, 16, 32, 64], [4, 7], [4, 6, 8, 12, 16, 20])
     """
-    out, at = [], LEAST_PAGES
-    while at < most:
-        out.append(at)
-        at *= 2
-    return [*out, most]
+    sizes = [LEAST_PAGES << i for i in range(most.bit_length())]
+    sizes += [size + size // 2 for size in sizes] if fine else []
+    return sorted({size for size in sizes if size < most} | {most})
 
 
 def prefill_shapes(chunk: int, max_batch: int) -> list[Shape]:
@@ -102,7 +100,7 @@ class Programs:
         )
         self.mesh = over
         self.rows = row_buckets(max_batch)
-        self.pages = page_buckets(place.pages_of_tokens(max_length))
+        self.most_pages = place.pages_of_tokens(max_length)
         self.shapes = prefill_shapes(chunk, max_batch)
         self.pool = mesh.new_pool(place, dtype, over)
         self.compilations = 0
@@ -115,8 +113,8 @@ class Programs:
 
         folder: where compiled programs are kept from one start to the next.
         """
-        decode = [(n, 1, pages) for n in self.rows for pages in self.pages]
-        prompts = [(*shape, pages) for shape in self.shapes for pages in self.pages if self._useful(shape, pages)]
+        decode = [(n, 1, pages) for n in self.rows for pages in self.pages(n, 1)]
+        prompts = [(*shape, pages) for shape in self.shapes for pages in self.pages(*shape)]
         rows = sorted({*self.rows, *(shape.rows for shape in self.shapes)})
         total, done = len(decode) + len(prompts) + len(rows) + 1, 0
 
@@ -161,13 +159,16 @@ class Programs:
                 )
             self.pool = self._upload(self.pool, index, part)
 
+    def pages(self, rows: int, tokens: int) -> list[int]:
+        """Context lengths, in pages, of a step's programs: most of them for the full batch, where most time goes."""
+        chunk = -(-tokens // self.place.page_tokens)
+        sizes = page_buckets(self.most_pages, fine=(rows, tokens) == (self.rows[-1], 1))
+        # A chunk needs the pages that it fills.
+        return [size for size in sizes if size >= min(chunk, self.most_pages)]
+
     def bucket(self, sizes: list[int], need: int) -> int:
         """The smallest size that is enough."""
         return next(size for size in sizes if size >= need)
-
-    def _useful(self, shape: Shape, pages: int) -> bool:
-        """A chunk needs the pages that it fills."""
-        return pages == self.pages[-1] or pages * self.place.page_tokens >= shape.tokens
 
     def _compile_step(self, rows: int, tokens: int, pages: int) -> Any:
         shapes = Rows(

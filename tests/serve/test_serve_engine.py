@@ -116,9 +116,9 @@ def test_a_full_pool_preempts_and_gives_the_same_texts(folder):
 
 def test_a_full_queue_says_when_to_come_back(folder):
     long = Request((1, 2), max_new_tokens=40)
-    with started(folder, max_queue=1, max_batch=1) as small:
+    with started(folder, max_queue=1) as small:
         handles, refused = [], []
-        for _ in range(5):
+        for _ in range(12):
             try:
                 handles.append(small.submit(long))
             except Busy as error:

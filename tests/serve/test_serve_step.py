@@ -88,4 +88,5 @@ def test_buckets_are_few_and_enough():
         pages = page_buckets(most)
         assert pages[-1] == most
         assert all(b <= 2 * a for a, b in pairwise(pages))
+        assert set(pages) <= set(page_buckets(most, fine=True))
     assert [tuple(shape) for shape in prefill_shapes(128, 1)] == [(1, 128), (1, 32)]
