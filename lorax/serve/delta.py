@@ -2,7 +2,7 @@
 
     y[row] += scale (x[row] A_i) B_i            i the adapter of the row
 
-The ranks of a batch are cut into pieces of `PIECE`. A loop takes as many pieces at a time as there are rows, so that a
+The ranks of a batch are cut into pieces of `PIECE`. A loop takes some pieces at a time, so that a
 rank costs what it needs, mixed ranks are mixed pieces, and a batch without adapters costs nothing; how often it turns
 is data. With one token a row both products are sums that read the pages as they go; nothing is copied out.
 """
@@ -21,6 +21,8 @@ from lorax.serve.geometry import Geometry
 
 # Ranks in a piece: what is not a multiple computes up to 7 rows for nothing.
 PIECE = 8
+# Pieces that a turn of the loop takes: fewer are more turns, with more the last one has more empty places.
+GROUP = 16
 
 
 class Route(NamedTuple):
@@ -45,6 +47,11 @@ def pieces_of(max_rank: int) -> int:
     return -(-max_rank // PIECE)
 
 
+def at_once(rows: int) -> int:
+    """Pieces that a turn takes."""
+    return min(rows, GROUP)
+
+
 def table_width(place: Geometry, max_rank: int) -> int:
     """Pages that an adapter may need at one site."""
     return max(place.pages_of_weight(i, max_rank) for i in range(len(place.sites)))
@@ -52,7 +59,8 @@ def table_width(place: Geometry, max_rank: int) -> int:
 
 def empty_route(place: Geometry, rows: int, max_rank: int) -> Route:
     """A route of so many rows without adapters, NumPy arrays."""
-    sites, count = len(place.sites), rows * pieces_of(max_rank)
+    sites, group = len(place.sites), at_once(rows)
+    count = -(-rows * pieces_of(max_rank) // group) * group
     return Route(
         np.zeros(sites, np.int32),
         np.zeros((sites, count), np.int32),
@@ -74,7 +82,7 @@ def fill_route(route: Route, rows: int, max_rank: int) -> None:
         route.row[site, :total], route.row[site, total:] = row, 0
         route.first[site, :total] = (np.arange(total) - start) * PIECE
         route.first[site, total:] = max_rank
-        route.turns[site] = -(-total // rows)
+        route.turns[site] = -(-total // at_once(rows))
 
 
 def add(
@@ -88,15 +96,16 @@ def add(
 ) -> Float[Array, "tokens out"]:
     """y with the adapters' changes; a row's tokens lie one after the other."""
     rows = route.rank.shape[1]
+    group = at_once(rows)
     units = pool.reshape(-1, place.unit)
     row, first, rank, scale, table = (z[site] for z in (route.row, route.first, route.rank, route.scale, route.table))
     by_row = x.reshape(rows, -1, x.shape[-1])
     product = functools.partial(_one_token if by_row.shape[1] == 1 else _many_tokens, x.dtype)
 
     def turn(i: Array, out: Array) -> Array:
-        at = jax.lax.dynamic_slice_in_dim(row, i * rows, rows)
+        at = jax.lax.dynamic_slice_in_dim(row, i * group, group)
         ranks, tables = rank[at], table[at]
-        p = jax.lax.dynamic_slice_in_dim(first, i * rows, rows)[:, None] + jnp.arange(PIECE, dtype=jnp.int32)
+        p = jax.lax.dynamic_slice_in_dim(first, i * group, group)[:, None] + jnp.arange(PIECE, dtype=jnp.int32)
         mine = p < ranks[:, None]
         # What is no rank of this adapter reads its first one, which is finite if the adapter is, and counts as zero.
         p = jnp.where(mine, p, 0)

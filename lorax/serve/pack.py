@@ -101,6 +101,8 @@ def pack(folder: Path, leaves: dict[str, LowRank], place: Geometry, shards: int,
             raise AdapterError(
                 f"{folder}: rank {leaf.rank} at {path} is above max_rank={max_rank} of this engine", "too_large"
             )
+        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (leaf.A, leaf.B, leaf.scale)):
+            raise AdapterError(f"{folder}: {path} has values that are no finite numbers", "corrupt")
     parts, counts, ranks = [], [], []
     scales = np.zeros((len(place.sites), place.layers), np.float32)
     for i, site in enumerate(place.sites):

@@ -114,7 +114,10 @@ def write_pages(
     size = jnp.int32(g.page_tokens)
     index = jnp.minimum(at // size, rows.table.shape[1] - 1)
     page = jnp.where(real, jnp.take_along_axis(rows.table, index, axis=1), 0).reshape(-1)
-    new = jnp.stack([k, v]).astype(pool.dtype).reshape(2, g.layers, -1, g.kv_heads, g.head_dim)
+    # What is hidden counts as zero times what is there: a pool that holds finite numbers alone hides nothing badly, and
+    # a text that overflows spoils no other that has its pages later.
+    new = jnp.nan_to_num(jnp.stack([k, v]).astype(pool.dtype))
+    new = new.reshape(2, g.layers, -1, g.kv_heads, g.head_dim)
     new = jnp.transpose(new, (2, 1, 0, 3, 4))
     runs = pool.reshape(-1, g.layers, 2, g.kv_heads, g.page_tokens, g.head_dim)
     return runs.at[page, :, :, :, (at % size).reshape(-1)].set(new, mode="promise_in_bounds").reshape(pool.shape)

@@ -117,7 +117,12 @@ def test_what_cannot_be_loaded_says_why_and_harms_nobody(engine, folder, tmp_pat
     lorax.save_adapter(tmp_path / "dora", lorax.adapt(jax.random.key(0), model().params, spec))
     spec = lorax.LoraSpec(targets="*embedding*", rank=2)
     lorax.save_adapter(tmp_path / "embedding", lorax.adapt(jax.random.key(0), model().params, spec))
+    spec = lorax.LoraSpec(targets="*q_proj*", rank=2)
+    endless = lorax.adapt(jax.random.key(0), model().params, spec)
+    endless = jax.tree.map(lambda x: x.at[0, 0, 0].set(jnp.inf) if x.ndim == 3 else x, lorax.extract(endless))
+    lorax.save_adapter(tmp_path / "endless", endless)
     reasons = {
+        tmp_path / "endless": "corrupt",
         tmp_path / "none": "missing",
         cut: "corrupt",
         torn: "corrupt",

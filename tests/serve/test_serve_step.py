@@ -70,6 +70,58 @@ def test_a_weight_and_a_sequence_lose_less_than_a_page():
         assert [place.pages_of_tokens(n) for n in (0, 1, 3, 4)] == [0, 1, 1, 2]
 
 
+def test_a_text_that_overflows_spoils_nobody_who_has_its_pages_later():
+    shape = SHAPES[0]
+    model = Model.init(shape, jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 6, model.params)
+    table = params["embed"]["embedding"]
+    params["embed"]["embedding"] = table.at[5].set(jnp.nan).at[6].set(jnp.inf)
+    place = geometry(shape, 4, 4)
+    step = jax.jit(mesh.step(shape, place, None))
+    route, pool = delta.empty_route(place, 2, 2), mesh.new_pool(place, jnp.float32, None)
+
+    def run(pool, ids, count):
+        pages = np.array([[1], [2]], np.int32)
+        return step(params, pool, Rows(np.asarray(ids, np.int32), np.zeros(2, np.int32), count, pages), route)
+
+    pool, logits = run(pool, [[5, 1, 1], [6, 1, 1]], np.full(2, 3, np.int32))
+    assert not np.isfinite(np.asarray(logits)).any()
+    assert np.isfinite(np.asarray(pool)).all()
+    _, logits = run(pool, [[1, 2, 0], [3, 4, 0]], np.full(2, 2, np.int32))
+    whole = np.asarray(jax.jit(model.apply)(params, jnp.array([[1, 2], [3, 4]])))[:, -1]
+    np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_each_row_gets_its_own_adapters_change_and_nothing_else(tokens):
+    """More rows than a turn takes, ranks mixed, pages in any order; what is nobody's is NaN."""
+    place, draw = geometry(SHAPES[0], 2, 400), np.random.default_rng(1)
+    ranks = [0, 3, 12, 8, 1, 9, 5, 11, 4] * 2
+    route = delta.empty_route(place, 18, 12)
+    pool = np.full((400, place.page_size), np.nan, np.float32)
+    free, factors = iter(draw.permutation(np.arange(1, 400)).tolist()), {}
+    site = place.sites[6]
+    for row, rank in enumerate(ranks):
+        a, b = (draw.standard_normal((3, rank, size)).astype(np.float32) for size in (site.size_in, site.size_out))
+        flat = np.concatenate([a.reshape(3, -1), b.reshape(3, -1)], axis=1).reshape(-1)
+        pages = [next(free) for _ in range(place.pages_of_weight(6, rank))]
+        whole = np.full(len(pages) * place.page_size, np.nan, np.float32)
+        whole[: flat.size] = flat
+        pool[pages] = whole.reshape(-1, place.page_size)
+        route.table[6, row, : len(pages)] = pages
+        route.rank[6, row], route.scale[6, row] = rank, draw.standard_normal(3)
+        factors[row] = a, b
+    delta.fill_route(route, 18, 12)
+    x, y = (draw.standard_normal((18 * tokens, n)).astype(np.float32) for n in (site.size_in, site.size_out))
+    run = jax.jit(lambda pool, layer, route, x, y: delta.add(place, pool, 6, layer, route, x, y))
+    for layer in (0, 2):
+        got = np.asarray(run(pool, np.int32(layer), route, x, y)).reshape(18, tokens, -1)
+        for row, (a, b) in factors.items():
+            h = x.reshape(18, tokens, -1)[row].astype(np.float64) @ a[layer].T.astype(np.float64)
+            want = y.reshape(18, tokens, -1)[row] + float(route.scale[6, row, layer]) * (h @ b[layer])
+            np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4)
+
+
 def test_pieces_cover_every_rank_once():
     place = geometry(SHAPES[0], 2, 9)
     route = delta.empty_route(place, 5, 20)
