@@ -14,11 +14,12 @@ from lorax_kernels.multi_lora.primitive import Options
 pytestmark = pytest.mark.aot
 
 SEED = int(np.random.default_rng().integers(1 << 30))
-# Besides the odd ones: several tiles of several adapters; tiles that cut groups; an adapter of more than a window over
-# several tiles; rows that are put in order.
+# Besides the odd ones: several tiles of several adapters; tiles that cut groups or not; an adapter of more than a
+# window over several tiles; rows that are put in order.
 MORE = [
     Case("tiles", 20, 64, 136, 600, (4, 8, 16, 32, 64)),
     Case("cut groups", 9, 50, 40, 24, (3, 8)),
+    Case("whole groups", 7, 48, 40, 24, (3, 8, 20)),
     Case("long", 2, 512, 40, 24, (8, 130)),
     Case("tokens", 300, 1, 72, 40, (100, 3, 64, 17)),
 ]

@@ -46,6 +46,13 @@ def _clean(f: Any, mine: Any) -> Any:
 
 def _moved(h: Any, mine: Any, start: Any, new_start: Any, total: int) -> Any:
     """Ranks where the other factor has them: each group's own columns, from `start` to `new_start`."""
-    column = jnp.arange(total, dtype=start.dtype)
-    source = jnp.clip(column - new_start[:, None] + start[:, None], 0, h.shape[-1] - 1)
-    return jnp.take_along_axis(h, source[:, None, :], axis=-1)
+
+    def gathered() -> Any:
+        column = jnp.arange(total, dtype=start.dtype)
+        source = jnp.clip(column - new_start[:, None] + start[:, None], 0, h.shape[-1] - 1)
+        return jnp.take_along_axis(h, source[:, None, :], axis=-1)
+
+    if h.shape[-1] != total:
+        return gathered()
+    # Both factors of a bank begin alike; a gather of single numbers costs a TPU more than the products do.
+    return jax.lax.cond(jnp.all(start == new_start), lambda: h, gathered)

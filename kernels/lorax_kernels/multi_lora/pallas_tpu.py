@@ -111,11 +111,11 @@ def _product(
     """x and the result by rows, in the order of `found`."""
     scalars = (found.units, found.tiles)
     m, k, n = x.shape[0], x.shape[1], b.shape[1]
-    factors = [kernel.with_tail(a), kernel.with_tail(b)]
+    factors = [kernel.with_tail(factor, interpret) for factor in (a, b)]
     inputs = [found.rows, x, *([] if added_to is None else [added_to]), *factors[0], *factors[1]]
     kept = kernel.scratch(cut, x, a, b)
     by_tile = lambda width: pl.BlockSpec((cut.size, width), lambda tile, *_: (tile, 0))  # noqa: E731
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
 
     def body(*refs: Any) -> None:
         numbers, refs = refs[: len(scalars)], refs[len(scalars) :]

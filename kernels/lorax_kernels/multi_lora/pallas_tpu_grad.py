@@ -43,9 +43,9 @@ def product(
     groups, rows, k = x.shape
     n = b.shape[1]
     table, weight = runs(start, out_start, rank), _by_place(start, out_start, rank, weight)
-    # Whole tiles of memory; the end is cut off, a copy, where it is none.
-    tiles = -(-total // HIGH) * HIGH
-    zeros, factor = jnp.zeros((tiles, k), jnp.float32), with_tail(b)
+    # A copy takes 1, 2, 4 or 8 rows of a tile of memory. Others are more rows, and the last are cut off after.
+    tiles = total if total % HIGH in (0, 1, 2, 4) else -(-total // HIGH) * HIGH
+    zeros, factor = jnp.zeros((tiles, k), jnp.float32), with_tail(b, interpret)
     kept = {
         "arriving": pltpu.VMEM((2, plan.rank + stripe(b.dtype), n), b.dtype),
         "arrived": pltpu.SemaphoreType.DMA((2,)),
@@ -63,7 +63,7 @@ def product(
 
         return pl.BlockSpec((1, plan.size, width), index)
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
 
     def body(table: Any, weight: Any, x: Any, dy: Any, *refs: Any) -> None:
         b, (out, *held) = refs[: len(factor)], refs[len(factor) + 1 :]
@@ -199,25 +199,36 @@ def _tiles(row: Any, rank: Any, high: int) -> Any:
 
 
 def _copy(act: str, array: Any, held: Any, row: Any, rank: Any, arrived: Any, writes: bool = False) -> None:
-    """Start or wait for copies of all tiles of memory that hold the ranks from `row` on. array: `with_tail`."""
+    """Start or wait for copies of the tiles of memory that hold the ranks from `row` on. array: `with_tail`, or one."""
     array, *tail = array
     high, end = stripe(array.dtype), array.shape[0]
     begin, count = stripes(row, rank, high)
+    rest = end % high
 
     @pl.loop(0, count)
     def _(index: Any) -> None:
         first = pl.multiple_of(begin + index * high, high)
-        near = held.at[pl.ds(pl.multiple_of(index * high, high), high)]
+        top = pl.multiple_of(index * high, high)
 
-        def move(far: Any) -> None:
+        def move(far: Any, rows: int) -> None:
+            near = held.at[pl.ds(top, rows)]
             source, target = (near, far) if writes else (far, near)
             getattr(pltpu.make_async_copy(source, target, arrived), act)()
 
-        if tail:
-            pl.when(first + high > end)(lambda: move(tail[0]))
-            pl.when(first + high <= end)(lambda: move(array.at[pl.ds(first, high)]))
+        def at_the_end() -> None:
+            if tail:
+                move(tail[0], high)
+            else:
+                move(array.at[pl.ds(first, rest)], rest)
+
+        def within() -> None:
+            move(array.at[pl.ds(first, high)], high)
+
+        if rest:
+            pl.when(first + high > end)(at_the_end)
+            pl.when(first + high <= end)(within)
         else:
-            move(array.at[pl.ds(first, high)])
+            within()
 
 
 def _settle(arriving: Any, row: Any, rank: Any, kept: Any) -> None:

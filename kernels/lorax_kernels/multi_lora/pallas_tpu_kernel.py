@@ -152,10 +152,12 @@ def stripes(row: Any, need: Any, high: int) -> tuple[Any, Any]:
     return row - shift, jnp.where(need > 0, count, 0)
 
 
-def with_tail(factor: jax.Array) -> list[jax.Array]:
+def with_tail(factor: jax.Array, interpret: Any = False) -> list[jax.Array]:
     """A factor, and its last rows by themselves where they fill no tile of memory, which no copy could take."""
     rest = factor.shape[0] % stripe(factor.dtype)
-    return [factor, jnp.pad(factor[-rest:], ((0, stripe(factor.dtype) - rest), (0, 0)))] if rest else [factor]
+    tail = [jnp.pad(factor[-rest:], ((0, stripe(factor.dtype) - rest), (0, 0)))] if rest else []
+    # Where there is room, XLA would bring all of a factor into VMEM for the few ranks that are read.
+    return [factor if interpret else pltpu.with_memory_space_constraint(factor, pltpu.HBM), *tail]
 
 
 def _copy(act: str, factor: Any, units: Any, window: Any, filled: Any, which: int, arriving: Any, arrived: Any) -> None:

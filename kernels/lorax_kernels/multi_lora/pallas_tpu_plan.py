@@ -68,6 +68,9 @@ def plan(
     """
     m = groups * rows
     for size in dict.fromkeys((min(m, _TALLEST), 128, 64, 32, 16)):
+        # Whole groups in a tile, where they make whole tiles of memory: the fewer adapters a tile may have.
+        if FEWEST_ROWS <= rows < size < m and size // rows * rows % 16 == 0:
+            size = size // rows * rows
         for slots in (2, 1):
             if size > m or vmem(size, slots, k, n, dtype, out, factors) > VMEM[chip]:
                 continue

@@ -144,11 +144,11 @@ def _define(primitive: Primitive, op: str, run: Any, shape: Any) -> None:
 
 def _is_split(context: Any) -> bool:
     """Whether the compiler splits what is lowered over devices. Under a `shard_map` over all axes it does not."""
-    if isinstance(context, mlir.SPMDAxisContext):
-        mesh = context.mesh
-        manual = context.manual_axes | frozenset(mesh.manual_axes)
-        return mesh.size > 1 and manual != frozenset(mesh.axis_names)
-    return getattr(context, "num_devices", 1) not in (1, None)
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return getattr(context, "num_devices", 1) not in (1, None)
+    manual = frozenset(context.manual_axes) | frozenset(mesh.manual_axes)
+    return mesh.size > 1 and manual != frozenset(mesh.axis_names)
 
 
 def _apply_shape(*avals: Any, options: Options) -> Any:

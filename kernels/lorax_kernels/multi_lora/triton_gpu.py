@@ -91,7 +91,8 @@ def constants(kernel: str, cut: Plan, rows: int = 1) -> dict[str, Any]:
     # float32 is multiplied as three TF32 products; less would not be float32.
     precision = "tf32x3" if cut.itemsize == 4 else "tf32"
     shared = dict(R=cut.rank, GRID=cut.grids[kernel][0], BM=cut.block_rows, BR=cut.block_rank, PRECISION=precision)
-    shared |= dict(num_warps=4 if kernel == "shrink" and cut.block_rows == 16 else 8, num_stages=2)
+    # A few rows are too few for eight warps to load sixteen bytes each.
+    shared |= dict(num_warps=4 if cut.block_rows == 16 and kernel != "expand" else 8, num_stages=2)
     if kernel == "shrink":
         return shared | dict(M=cut.rows, T=rows, K=cut.contracted, SPLIT=cut.split, BK=cut.block_contracted)
     if kernel == "expand":
