@@ -34,6 +34,8 @@ MOST_SPILLS = 160
 KERNELS = ("nf4_matmul", "nf4_matmul_t", "nf4_dequantise")
 PLAIN = {"nf4_matmul": "bf16_matmul", "nf4_matmul_t": "bf16_matmul_t"}
 _REFERENCE = 4096
+# A bundle of the schedule's text: its mark, the loops around it, what it does.
+BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})? *:((?: >+)?) (\{.*)$", re.MULTILINE)
 _STORED = 2 * 8 * 128  # weights in a register of bf16 pairs
 _FLAGS = (
     "--xla_jf_dump_to={0} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.* "
@@ -115,9 +117,9 @@ def _read(folder: Path, kernel: bool) -> dict[str, Any]:
         name = re.match(r"\d+-(.+?)-\d+-final_hlo", path.name)
         if name is None or name[1] == "TLP" or name[1].startswith("<") or not mine(name[1]):
             continue
-        slots = _slots(path.read_text().splitlines())
-        if slots["bundles"] > out.get("bundles", 0):
-            out |= slots
+        found = slots(path.read_text().splitlines())
+        if found["bundles"] > out.get("bundles", 0):
+            out |= found
     cycles = [_profile(path.read_text()) for path in folder.glob("prof/*_static_llo_profile.textproto")]
     out["estimated_cycles"] = max((count for name, count in cycles if name and mine(name)), default=0) or None
     if kernel:
@@ -131,7 +133,8 @@ def _profile(text: str) -> tuple[str, int]:
     return (name[1], int(cycles[1])) if name and cycles else ("", 0)
 
 
-def _slots(lines: list[str]) -> dict[str, Any]:
+def slots(lines: list[str]) -> dict[str, Any]:
+    """Bundles of an operation, and how many slots of each unit they use."""
     start = lines.index("== UTILIZATION:")
     units = lines[start - 2].split(", ")
     rows = [[int(v) for v in line.split()] for line in lines[start + 1 :] if line.strip()[:1].isdigit()]
@@ -145,8 +148,7 @@ def dequantising_loop(text: str) -> float | None:
     A line is `address  mark : >> { ... }`: as many `>` as loops are around it; the mark of a loop's first is LB. The
     loop stores each register of values once, and spilled registers beside.
     """
-    line = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})? *:((?: >+)?) (\{.*)$", re.MULTILINE)
-    bundles = [(mark, len(depth.strip()), body) for mark, depth, body in line.findall(text)]
+    bundles = [(mark, len(depth.strip()), body) for mark, depth, body in BUNDLE.findall(text)]
     found = []
     for start, (mark, depth, _) in enumerate(bundles):
         end = next((i for i in range(start, len(bundles)) if bundles[i][1] < depth), len(bundles))
