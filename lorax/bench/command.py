@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
-from lorax.bench import multi, nf4, record, train_step
+from lorax.bench import kernels, multi, nf4, record, train_step
+from lorax.bench.kernels import KernelsConfig
 from lorax.bench.multi import MultiConfig
 from lorax.bench.nf4 import Nf4Config
 from lorax.bench.train_step import BenchConfig
@@ -21,13 +22,15 @@ class Args:
     train: the LoRA and QLoRA steps against PEFT, full fine-tuning and their own floor.
     nf4: quantise, dequantise and multiply against bitsandbytes.
     multi: many adapters in one batch, forward and training, against the base alone and PEFT.
+    kernels: every operation of lorax_kernels, implementation and shape; what is for other chips, as it was compiled.
 
     Example: lorax bench train --peer-python .venv-peers/bin/python --out bench.json
     """
 
-    what: tyro.conf.Positional[Literal["train", "nf4", "multi"]]
+    what: tyro.conf.Positional[Literal["train", "nf4", "multi", "kernels"]]
     """What to measure."""
     config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     out: str | None = None
     """Write the result as JSON here."""
     json: bool = False
@@ -37,11 +40,16 @@ class Args:
         from lorax.cli.output import print_json, print_table
 
         runs = {"train": lambda: train_step.run(self.config), "nf4": lambda: nf4.run(self._nf4())}
+        runs["kernels"] = lambda: kernels.run(self.kernels)
         result = runs.get(self.what, lambda: multi.run(self._multi()))()
         if self.out is not None:
             record.write(self.out, result)
         if self.json:
             print_json(result)
+            return
+        if self.what == "kernels":
+            for title, columns, rows in kernels.tables(result):
+                print_table(columns, rows, title)
             return
         times = [(name, f"{t['median']:.3f}", f"{t['least']:.3f}") for name, t in result["seconds"].items()]
         print_table(("", "seconds (median)", "least"), times, f"{result['machine']['processor']}")
