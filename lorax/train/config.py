@@ -56,10 +56,10 @@ class TrainConfig:
     """Scales of the quantised base in 8 bits as well: 4.127 bits a parameter instead of 4.5."""
     quant_block: Literal[32, 64, 128, 256] = 64
     """Parameters that share a scale in the quantised base."""
-    loftq: int | None = None
-    """Turns of LoftQ: factors that start by making up for the quantisation error; 0 starts them at zero. By default 1
-    with --method qlora in 4 bits, where the base's file has weights that are not; that leaves the base as it is, more
-    turns make one of its own."""
+    loftq: int = 0
+    """Turns of LoftQ with --method qlora in 4 bits: factors that start by making up for the quantisation error instead
+    of at zero. With 1 the base stays as it is; more make one of its own, which is saved beside the adapter; 5 come
+    nearest to LoRA over an unquantised base."""
     last_k: int = 2
     """Blocks that train with --method last-k."""
     lr: float = 1e-3

@@ -26,7 +26,6 @@ from lorax.models import Original
 from lorax.quant import fit_factors
 from lorax.train.config import TrainConfig
 from lorax.tree import train_last
-from lorax_kernels.nf4.codebooks import FOUR_BIT
 
 # Tokens whose activations EVA looks at: a few for each direction that it may take.
 EVA_TOKENS = 4096
@@ -37,7 +36,7 @@ def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -
 
     Args:
         model: a zoo model (`.params`, `.config`, `.apply`); for `qlora` loaded with `config.quantised`.
-        config: the run, as `settled` gives it; `method`, `targets`, `rank`, `alpha`, `scaling`, `variant`, `init`,
+        config: the run; `method`, `targets`, `rank`, `alpha`, `scaling`, `variant`, `init`,
             `dropout`, `loftq`, `last_k` and `seed` are read.
         tokens: training text for `--init eva`, int32, one after another.
 
@@ -63,23 +62,17 @@ def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -
     return model, params
 
 
-def settled(config: TrainConfig) -> TrainConfig:
-    """The settings with the number of LoftQ's turns decided.
+def check_base(config: TrainConfig) -> None:
+    """Whether the base can be trained so.
 
     Raises:
         LoraxError: LoftQ is asked for, and the base's file is in 4 bits itself.
     """
-    if config.method != "qlora" or config.loftq == 0:
-        return dataclasses.replace(config, loftq=0)
-    if config.loftq is None and config.quant not in FOUR_BIT:
-        return dataclasses.replace(config, loftq=0)
-    packed = Original(config.base).packed
-    if packed and config.loftq:
+    if config.loftq and Original(config.base).packed:
         raise LoraxError(
             f"--loftq {config.loftq}: {config.base} holds its weights in 4 bits, and what was lost is not there to be "
             "made up for; take the base in 16 bits, or --loftq 0"
         )
-    return dataclasses.replace(config, loftq=config.loftq or int(not packed))
 
 
 def _rows(tokens: np.ndarray | None, length: int) -> jax.Array:

@@ -31,7 +31,7 @@ def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> P
     from lorax.models import save_hf
 
     if config.method in ADAPTERS:
-        turns, base = config.loftq or 0, config.base
+        turns, base = config.loftq, config.base
         if turns > 1:
             save_hf(out / "base", model, base_of(params))
             base = str(out / "base")

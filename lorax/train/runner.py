@@ -64,7 +64,7 @@ def run(config: TrainConfig, out: Path, *, resume: bool = False, display: Displa
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     config.check()
-    config = methods.settled(config)
+    methods.check_base(config)
     show = display or Display(quiet=True)
     done = _claim(config, out, resume, show)
     if done is not None:

@@ -30,11 +30,11 @@ def words(base, data, out, *more):
 
 WITHOUT_DOUBLE = ("--no-double-quant", "--quant-block", "32")
 RUNS = {
-    "nf4": ("--method", "qlora"),
+    "nf4": ("--method", "qlora", "--loftq", "1"),
     "fp4": ("--method", "qlora", "--quant", "fp4", *WITHOUT_DOUBLE, "--optimizer", "adamw8bit"),
     "int8": ("--method", "qlora", "--quant", "int8", "--dtype", "bfloat16"),
     "loftq": ("--method", "qlora", "--loftq", "2"),
-    "zero": ("--method", "qlora", "--loftq", "0", "--paged"),
+    "zero": ("--method", "qlora", "--paged"),
     "lora": ("--method", "lora"),
 }
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_ends_in_the_same_bits(trained, tiny_base, tiny_data, tmp_
         if row.step == 2:
             raise KeyboardInterrupt
 
-    command = words(tiny_base, tiny_data, tmp_path / "run", "--method", "qlora", "--save-every", "1")
+    command = words(tiny_base, tiny_data, tmp_path / "run", *RUNS["nf4"], "--save-every", "1")
     monkeypatch.setattr(runner._Run, "_after", stopped)
     assert cli.main(command) == 130
     monkeypatch.undo()
