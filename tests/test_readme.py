@@ -57,9 +57,11 @@ def test_commands_of_the_readme_exist():
         assert stop.value.code == 0
 
 
-def test_the_table_of_figures_admits_every_bar_that_was_missed():
-    file = Path(__file__).parents[1] / "lorax" / "bench" / "results" / "train_step.json"
-    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+def test_the_tables_of_figures_admit_every_bar_that_was_missed():
     table = README[README.index("\n## Figures") :]
-    missed = [name for name, figure in figures.items() if figure["met"] is False]
-    assert table.count("**missed**") == len(missed), f"the record says that these were missed: {missed}"
+    missed = []
+    for name in sorted(set(re.findall(r"\]\((lorax/bench/results/\w+\.json)\)", table))):
+        figures = json.loads((Path(__file__).parents[1] / name).read_text(encoding="utf-8"))["figures"]
+        missed += [f"{name}: {key}" for key, figure in figures.items() if figure["met"] is False]
+    assert missed
+    assert table.count("**missed**") == len(missed), f"the records say that these were missed: {missed}"
