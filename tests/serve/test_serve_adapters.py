@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,26 @@ def test_a_disk_that_is_gone_fails_those_who_need_it_alone(folder, tmp_path):
         shutil.copytree(folder / "one", tmp_path / "one")
         assert ask(engine, "lost")[1].result(60).tokens == alone(Request((5, 3, 1), "one", 6, GREEDY))
         assert idle(engine)
+
+
+def test_reading_from_the_disk_holds_up_nobody_who_runs(engine, folder, monkeypatch):
+    engine.load("slow", folder / "three")
+    store, go = engine.store, threading.Event()
+    with store._lock:
+        store._drop_host(store.find("slow"))
+    assert engine.adapter("slow").tier == "disk"
+    read = store._read
+    monkeypatch.setattr(store, "_read", lambda *args, **kwargs: go.wait(60) and read(*args, **kwargs))
+    waiting = engine.submit(Request((5, 3, 1), "slow", 6, GREEDY))
+    request, running = ask(engine, "one", 30)
+    assert running.result(60).tokens == alone(request)
+    assert engine.stats().waiting == 1
+    go.set()
+    event = waiting.result(60)
+    assert event.tokens == alone(Request((5, 3, 1), "three", 6, GREEDY))
+    assert 0 < event.usage.adapter_wait <= event.usage.queued
+    engine.unload("slow")
+    assert idle(engine)
 
 
 def test_one_adapter_merged_is_the_whole_deployment(folder):
