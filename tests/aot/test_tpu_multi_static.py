@@ -13,13 +13,21 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_kernels import target
+from lorax_kernels.multi_lora import Segments, grouped
 from lorax_kernels.multi_lora.cases import CASES
 from lorax_kernels.static.multi_tpu import (
     CHIPS,
     MOST_BUNDLES,
     MOST_SPILLS,
+    PODS,
     Program,
     copies,
     in_a_process,
@@ -84,6 +92,29 @@ def test_a_bank_may_end_within_a_tile_of_memory(chip, total, factors):
         text = lowered(program, factors).compile().as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == 1
         assert op == "multi_lora_grad" or not copies(text, program)
+
+
+def test_on_a_mesh_the_compiler_splits_plain_products_and_shard_map_the_kernel():
+    """libtpu takes no kernel apart: a program that it is to split has none, one that is split by hand has one."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=PODS["v5e"]).devices
+    mesh = Mesh(np.array(devices), ("data",))
+    rows, same = PartitionSpec("data"), PartitionSpec()
+
+    def value(x, a, b, y, start, ranks, weight):
+        return grouped(x, a, b, Segments(start, start, ranks, weight), 16, y)
+
+    specs = (rows, same, same, rows, rows, rows, rows)
+    by_hand = jax.shard_map(value, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    half, wide, whole = jnp.bfloat16, jnp.float32, jnp.int32
+    shapes = ((half, 16, 32, 256), (wide, 256, 256), (wide, 256, 384), (half, 16, 32, 384), (whole, 16), (whole, 16))
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for (dtype, *shape), spec in zip((*shapes, (wide, 16)), specs, strict=True)
+    ]
+    with target("tpu", "v5e"):
+        texts = [jax.jit(run).lower(*args).compile().as_text() for run in (value, by_hand)]
+    assert ["tpu_custom_call" in text for text in texts] == [False, True]
+    assert "all-gather" not in texts[1]
 
 
 def test_loops_that_multiply_are_told_from_others():

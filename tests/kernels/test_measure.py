@@ -48,3 +48,18 @@ def test_programs_compute_the_product_and_its_transpose():
         runs = measure.programs(op, 5, 192, 70, "float32")
         dense, mine = (np.asarray(program(*args)) for program, args in (runs["dense"], runs["xla"]))
         assert np.linalg.norm(mine - dense) < 0.12 * np.linalg.norm(dense), "4 bits lose a tenth"
+
+
+def test_the_plain_forms_of_many_adapters_are_timed_beside_each_other(tmp_path, monkeypatch, capsys):
+    from lorax_kernels import measure_multi
+    from lorax_kernels.multi_lora.cases import Case
+
+    monkeypatch.setattr(measure_multi, "series", lambda: [("rows", Case("small", 6, 2, 24, 24, (3, 5)))])
+    measure_multi.main([str(tmp_path / "out.json"), "--rounds", "1"])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [row["op"] for row in found["rows"]] == ["multi_lora", "multi_lora_grad"]
+    for row in found["rows"]:
+        assert (row["groups"], row["rows"], row["total"]) == (6, 2, 8)
+        assert set(row["microseconds"]) == {"xla", "xla_onehot", "xla_sorted"}
+        assert row["fastest"] in row["microseconds"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
