@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from lorax.bank import Bank, Selected
 from lorax.choose import choose
@@ -17,7 +18,6 @@ from lorax.weights import (
     Change,
     Concat,
     Full,
-    LowRank,
     Structured,
     children,
     dense,
@@ -101,64 +101,71 @@ def join(trainable: Any, frozen: Any) -> Any:
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def merge(params: Any, audit: bool = False) -> Any:
-    """The plain tree: W + scale A B as one array, in the base's dtype.
+def merge(
+    params: Any,
+    audit: bool = False,
+    *,
+    dtype: Any = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    tolerance: float | None = None,
+) -> Any:
+    """The plain tree: W + scale A B as one array, in the base's dtype or another.
 
     Args:
         params: an adapted tree.
-        audit: also return, per changed weight, the relative error that rounding to its dtype costs,
-            `||merged - exact||_F / ||exact||_F` with `exact` in float64.
+        audit: also return what merging costs: a mapping path -> relative error of the merged weight in its dtype,
+            `||merged - exact||_F / ||exact||_F` with `exact` in float64, which also has `lost` (the same over the size
+            of the change) and, given `fn`, `difference`, the largest difference of an output on the probe batch.
+        dtype: of the floating weights of the result; each weight is rounded once, from a float32 sum.
+        fn, args: the function and the probe batch of the audit, for instance `model.apply` and token ids.
+        tolerance: refuse a merge of which a relative error is larger, of a weight or of the outputs over the largest.
 
     Returns:
-        The plain tree, or `(tree, {path: error})`.
+        The plain tree, or `(tree, MergeAudit)`.
 
     Raises:
-        LoraxError: an adapter without its base.
+        LoraxError: an adapter without its base; an error above the tolerance.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax
         >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((3, 5))}, lorax.LoraSpec(targets="w", rank=1))
         >>> lorax.merge(adapted)["w"].shape
         (3, 5)
+        >>> apply = lambda params, x: x @ params["w"]
+        >>> tree, found = lorax.merge(adapted, audit=True, dtype=jnp.bfloat16, fn=apply, args=(jnp.ones((2, 3)),))
+        >>> tree["w"].dtype.name, dict(found), found.difference
+        ('bfloat16', {'w': 0.0}, 0.0)
     """
-    errors: dict[str, float] = {}
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise LoraxError(f"merge: tolerance must be a finite number of at least 0, not {tolerance!r}")
 
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, (Bank, Selected)):
             raise LoraxError(f"{path}: is a bank of many adapters; take one out with lorax.unstack, and merge that")
         if isinstance(leaf, Change) and leaf.base is None:
             raise LoraxError(f"{path}: an adapter without its base cannot be merged; attach it first")
-        merged = dense(leaf)
-        if audit and isinstance(leaf, Change):
-            errors[path] = _rounding_error(leaf, merged)
-        return merged
+        return dense(leaf) if dtype is None else _dense_in(leaf, dtype)
 
     tree = map_named(one, params)
-    return (tree, errors) if audit else tree
+    if not audit and tolerance is None:
+        return tree
+    from lorax.audit import audit as compare  # it needs trees, as this module makes them
+
+    found = compare(params, tree, fn, args)
+    if tolerance is not None:
+        found.check(tolerance)
+    return (tree, found) if audit else tree
 
 
-def _rounding_error(leaf: Change, merged: Any) -> float:
-    change = leaf.low_rank()
-    # A change that is no sum has its float32 form as the measure: what is lost is the rounding to a narrower dtype.
-    wide = None if change is not None else leaf.with_base(jax.numpy.asarray(dense(leaf.base)).astype(np.float32))
-    exact = (
-        np.asarray(dense(leaf.base), np.float64) + _exact_delta(change)
-        if change is not None
-        else np.asarray(dense(wide), np.float64)
-    )
-    norm = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(np.asarray(merged, np.float64) - exact)) / norm if norm else 0.0
-
-
-def _exact_delta(leaf: LowRank) -> np.ndarray:
-    """scale * A B in float64 on the host."""
-    s, i = len(leaf.axes.stack), len(leaf.axes.inputs)
-    a, b = np.asarray(leaf.A, np.float64), np.asarray(leaf.B, np.float64)
-    stack, ins, outs = a.shape[:s], a.shape[s : s + i], b.shape[s + 1 :]
-    ab = a.reshape(*stack, -1, leaf.rank) @ b.reshape(*stack, leaf.rank, -1)
-    scale = np.asarray(leaf.scale, np.float64)
-    ab = ab * scale.reshape(*scale.shape, *([1] * (ab.ndim - scale.ndim)))
-    return np.transpose(ab.reshape(*stack, *ins, *outs), np.argsort(leaf.axes.order))
+def _dense_in(leaf: Any, dtype: Any) -> Any:
+    """The plain array of a leaf in a dtype, with no narrower one on the way."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return dense(leaf)
+    if isinstance(leaf, Change):
+        base = jnp.asarray(dense(leaf.base))
+        leaf = leaf.with_base(base.astype(wider(wider(base.dtype, dtype), jnp.float32)))
+    return jnp.asarray(dense(leaf)).astype(dtype)
 
 
 def unmerge(params: Any, adapter: Any) -> Any:

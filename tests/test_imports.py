@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 CORE = {"errors", "paths", "spec", "weights", "choose", "adapt", "tree", "masks", "report", "lift", "variants"}
-CORE |= {"quant", "quantized", "optim", "sharding", "linalg", "dropout", "rebase", "combine", "bank"}
+CORE |= {"quant", "quantized", "optim", "sharding", "linalg", "dropout", "rebase", "combine", "bank", "audit"}
 LAYERS = [
     CORE | {"multi"},
     {"models", "io", "data", "train", "analysis", "plan"},
