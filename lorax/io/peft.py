@@ -10,6 +10,7 @@ use the same files with names made from their paths. The way out is `peft_write.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,15 @@ from lorax.weights import Axes, Change, Concat, Full, LowRank, is_structured
 _OURS = {CONFIG, WEIGHTS, peft_meta.FILE, "README.md"}
 
 
-def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None, loftq: int = 0) -> None:
+def save_adapter(
+    path: str | Path,
+    params: Any,
+    *,
+    base_name: str | None = None,
+    loftq: int = 0,
+    labels: Sequence[str] = (),
+    regression: bool = False,
+) -> None:
     """Write what an adapted tree changes, whole or not at all, in PEFT's format.
 
     Low-rank changes become `lora_A (rank, in)` and `lora_B (out, rank)` of each layer, with a `lora_magnitude_vector
@@ -46,6 +55,8 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None,
         base_name: the base model's name or folder, for PEFT and for `lorax generate`.
         loftq: how many turns of LoftQ the factors started with. They belong to the quantised base that is in the tree
             then, which is written down, and `load_adapter` takes no other.
+        labels, regression: of a classifier (`lorax.models.with_labels`): what its outputs stand for, which PEFT's files
+            have no place for.
 
     Raises:
         LoraxError: nothing in the tree is adapted; `loftq` without a quantised base; the folder holds other files; a
@@ -83,6 +94,7 @@ def save_adapter(path: str | Path, params: Any, *, base_name: str | None = None,
         "weights": {name: entry.as_json() for name, entry in weights.items()},
         "base": {name: value for name, value in base.items() if value is not None},
         **({"loftq": loftq} if loftq else {}),
+        **({"labels": list(labels), "regression": regression} if labels else {}),
     }
     with replace_dir(path) as new:
         # In the order of the safetensors library, so that an adapter of PEFT's comes out as the bytes it was.
@@ -171,4 +183,4 @@ def _is_tied(params: Any) -> bool:
     """Whether the tree is a language model whose head is its embedding."""
     keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or is_structured(x))
     tops = {jax.tree_util.keystr(keys[:1], simple=True) for keys, _ in keyed}
-    return "embed" in tops and "lm_head" not in tops
+    return "embed" in tops and not {"lm_head", "score"} & tops

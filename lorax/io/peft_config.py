@@ -27,11 +27,12 @@ UNDERSTOOD = frozenset({
     "task_type", "auto_mapping", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
-    "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "eva_config", "megatron_core", "merge_weights", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 })  # fmt: skip
 REASONS = {
     "fan_in_fan_out": "its base keeps weights as (in, out)",
     "layer_replication": "its base has layers twice",
+    "enable_lora": "its factors are for parts of one fused projection",
     "lora_bias": "its factors carry biases",
     "target_parameters": "it changes parameters outside linear layers",
     "trainable_token_indices": "it replaces single rows of the embedding",
@@ -52,7 +53,7 @@ class Module(NamedTuple):
 
 
 def describe(
-    modules: Sequence[Module], whole: Sequence[str], *, base_name: str | None, causal: bool, **more: Any
+    modules: Sequence[Module], whole: Sequence[str], *, base_name: str | None, task: str | None, **more: Any
 ) -> Any:
     """The configuration of an adapter with these matrices.
 
@@ -60,7 +61,7 @@ def describe(
         modules: every matrix with factors.
         whole: names of modules that are stored whole.
         base_name: the base model's name.
-        causal: whether the names are those of a language model.
+        task: PEFT's word for what the model does, where the names are those of one it knows.
         more: further settings, as they are.
     """
     rslora = not _all_round(modules, False) and _all_round(modules, True)
@@ -70,7 +71,7 @@ def describe(
     )
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": task,
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,

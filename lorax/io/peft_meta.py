@@ -3,6 +3,7 @@
     weights: path -> {kind, shape, axes, scale}       so that any tree comes back exactly
     base:    path -> {shape, dtype, sample}           so that an adapter for another base is refused
              (and "quantised", the format, for one that is kept in few bits)
+    labels:  what a classifier's outputs stand for
     loftq:   turns, where LoftQ fitted the factors to the quantised base: then no other format of it will do
 
 The sample is a few values of the base weight at fixed places, compared within the rounding of its storage type. Over a
@@ -61,11 +62,17 @@ class Entry(NamedTuple):
 
 
 class Notes(NamedTuple):
-    """What the file says. weights: the changed ones; base: fingerprints by path, unchecked; loftq: turns, or 0."""
+    """What the file says.
+
+    weights: the changed ones; base: fingerprints by path, unchecked; loftq: turns, or 0; labels, regression: of a
+    classifier.
+    """
 
     weights: dict[str, Entry]
     base: dict[str, Any]
     loftq: int
+    labels: tuple[str, ...] = ()
+    regression: bool = False
 
     @property
     def quantised(self) -> str | None:
@@ -209,7 +216,11 @@ def read(path: Path) -> Notes:
     loftq = raw.get("loftq", 0)
     if isinstance(loftq, bool) or not isinstance(loftq, int) or loftq < 0:
         raise LoraxError(f"{path}: loftq={str(loftq)[:20]} is no number of turns; the adapter is damaged")
-    return Notes({name: _entry(path, name, value) for name, value in weights.items()}, base, loftq)
+    labels = raw.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise LoraxError(f"{path}: labels is no list of names; the adapter is damaged")
+    entries = {name: _entry(path, name, value) for name, value in weights.items()}
+    return Notes(entries, base, loftq, tuple(labels), raw.get("regression") is True)
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:

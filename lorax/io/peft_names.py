@@ -43,6 +43,7 @@ def _slots() -> list[Slot]:
         Slot("embed/embedding", TABLE, embedding=True),
         Slot("norm/scale", "model.norm"),
         Slot("lm_head/kernel", HEAD, transposed=True),
+        Slot("score/kernel", "score", transposed=True),
         Slot("layers/attn_norm/scale", f"{LAYER}input_layernorm"),
         Slot("layers/mlp_norm/scale", f"{LAYER}post_attention_layernorm"),
     ]

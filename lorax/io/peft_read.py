@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax.errors import LoraxError
-from lorax.io import peft_meta, safetensors
+from lorax.io import peft_meta, safetensors, torch_zip
 from lorax.io.peft_config import Settings
 from lorax.io.peft_config import read as read_config
 from lorax.io.peft_meta import Entry
@@ -27,6 +27,7 @@ from lorax.variants.dora import Dora, column_norms
 from lorax.weights import Axes, Concat, Full, LowRank, dense, is_structured
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+INDEX, PICKLED = "adapter_model.safetensors.index.json", "adapter_model.bin"
 
 
 def read_adapter(folder: Path, base: Any, check_base: bool) -> dict[str, Any]:
@@ -44,16 +45,27 @@ def read_adapter(folder: Path, base: Any, check_base: bool) -> dict[str, Any]:
     notes = folder / peft_meta.FILE
     described = peft_meta.read(notes) if notes.is_file() else None
     settings = read_config(folder / CONFIG, loftq=described is not None and described.loftq > 0)
-    tensors = safetensors.read(folder / WEIGHTS)
+    file, tensors = _open(folder)
     if described is not None:
         entries = described.weights
         _check_base(notes, described, plain, check_base)
     else:
         entries = _entries(folder, settings, tensors, plain)
-    reader = _Reader(folder, settings, tensors, plain, exact=notes.is_file())
+    reader = _Reader(file, settings, tensors, plain, exact=notes.is_file())
     leaves = {name: reader.leaf(name, entry) for name, entry in entries.items()}
     reader.finish()
     return leaves
+
+
+def _open(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """The file with the tensors, and the tensors: one file, several with an index, or what PEFT wrote before 0.7."""
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS, safetensors.read(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return folder / INDEX, safetensors.read_sharded(folder / INDEX)
+    if (folder / PICKLED).is_file():
+        return folder / PICKLED, torch_zip.read(folder / PICKLED)
+    return folder / WEIGHTS, safetensors.read(folder / WEIGHTS)  # which says what is missing
 
 
 def _check_base(notes: Path, described: peft_meta.Notes, plain: dict[str, Any], by_value: bool) -> None:
@@ -154,15 +166,9 @@ class _Reader:
     """Takes the tensors of each weight out of a file."""
 
     def __init__(
-        self, folder: Path, settings: Settings, tensors: dict[str, StoredTensor], plain: dict[str, Any], exact: bool
+        self, file: Path, settings: Settings, tensors: dict[str, StoredTensor], plain: dict[str, Any], exact: bool
     ):
-        self.file, self.settings, self.tensors, self.plain, self.exact = (
-            folder / WEIGHTS,
-            settings,
-            tensors,
-            plain,
-            exact,
-        )
+        self.file, self.settings, self.tensors, self.plain, self.exact = file, settings, tensors, plain, exact
         self.left = set(tensors)
 
     def leaf(self, path: str, entry: Entry) -> Any:

@@ -67,8 +67,9 @@ class Writer:
         if self.tied and "embed/embedding" in self.weights:
             # The change of the table is also one of the head; PEFT does that only when told.
             more["ensure_weight_tying"] = True
-        causal = all(slot is not None for slot in self.slots)
-        return describe(self.lora, self.whole, base_name=base_name, causal=causal, **more)
+        zoo = all(slot is not None for slot in self.slots)
+        task = ("SEQ_CLS" if "score/kernel" in {*self.weights, *self.plain} else "CAUSAL_LM") if zoo else None
+        return describe(self.lora, self.whole, base_name=base_name, task=task, **more)
 
     def _modules(self, name: str) -> list[str]:
         entry = self.weights[name]

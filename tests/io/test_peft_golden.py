@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax.io import safetensors
+from lorax.io import safetensors, torch_zip
 from lorax.io.peft_config import read
 from lorax.models import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(path.name for path in (GOLDEN / "peft").iterdir())
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+# What the oldest releases that still run wrote, and one between them and today's.
+OLD = {"peft-0.1.0", "peft-0.1.0-biases", "peft-0.5.0", "peft-0.9.0"}
 
 _spec = importlib.util.spec_from_file_location("make_models", GOLDEN / "make_models.py")
 assert _spec is not None
@@ -55,11 +57,17 @@ def opened(name):
 
 
 def tensors(folder):
+    if (folder / PICKLED).exists():
+        return {name: stored.array() for name, stored in torch_zip.read(folder / PICKLED).items()}
     return {name: stored.array() for name, stored in safetensors.read(folder / WEIGHTS).items()}
 
 
 def test_every_kind_is_there():
-    assert {"lora", "rslora", "patterns", "layer-ranks", "modules_to_save", "biases", "bf16"} == set(ADAPTERS)
+    kinds = {"lora", "rslora", "patterns", "layer-ranks", "modules_to_save", "biases", "bf16", "fp16"}
+    assert kinds | OLD == set(ADAPTERS)
+    for name in OLD - {"peft-0.9.0"}:
+        assert (GOLDEN / "peft" / name / PICKLED).exists()
+    assert {x.dtype.name for x in tensors(GOLDEN / "peft" / "fp16").values()} == {"float16"}
     assert settings(GOLDEN / "peft" / "rslora")["use_rslora"] is True
     assert {x.dtype.name for x in tensors(GOLDEN / "peft" / "bf16").values()} == {"bfloat16"}
 
@@ -77,7 +85,41 @@ def test_logits_equal_pefts(name):
         np.testing.assert_allclose(jax.jit(lorax.lift(model.apply))(params, ids), want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "layer-ranks"])
+@pytest.mark.parametrize("name", sorted(OLD))
+def test_what_old_releases_wrote_is_written_as_it_would_be_today(name, tmp_path):
+    folder, _, params = opened(name)
+    lorax.save_adapter(tmp_path / "back", params)
+    theirs, ours = tensors(folder), tensors(tmp_path / "back")
+    # A bias beside factors has another name since.
+    same = {key.replace(".base_layer.", "."): value for key, value in ours.items()}
+    assert {key.replace(".base_layer.", ".").removesuffix("_vector.weight") for key in theirs} == {
+        key.removesuffix("_vector") for key in same
+    } or theirs.keys() == same.keys()
+    for key, value in theirs.items():
+        other = same.get(key.replace(".base_layer.", "."), same.get(key.removesuffix(".weight")))
+        np.testing.assert_array_equal(other, value)
+    same_scales(folder, tmp_path / "back")
+
+
+def test_several_files_with_an_index_are_one_adapter(tmp_path):
+    folder, model, params = opened("lora")
+    whole = tensors(folder)
+    places = {}
+    for i, names in enumerate((sorted(whole)[::2], sorted(whole)[1::2]), 1):
+        file = f"adapter_model-{i:05d}-of-00002.safetensors"
+        safetensors.write_arrays(tmp_path / file, {name: whole[name] for name in names})
+        places |= dict.fromkeys(names, file)
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+    found = lorax.load_adapter(tmp_path, model.params)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, two)
+    (tmp_path / "adapter_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(lorax.LoraxError, match=r"00002-of-00002\.safetensors: cannot be read"):
+        lorax.load_adapter(tmp_path, model.params)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in OLD | {"layer-ranks"}])
 def test_written_back_it_is_the_same_file(name, tmp_path):
     folder, _, params = opened(name)
     lorax.save_adapter(tmp_path / "back", params)
