@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorax.cli.output import figures, print_json, print_table
+from lorax.cli.output import figures, measures, print_json, print_table
 from lorax.cli.source import find, open_model
 from lorax.errors import LoraxError
 
@@ -44,6 +44,7 @@ class Args:
         from lorax.train.dataset import held_out
         from lorax.train.evaluation import evaluate, make_scorer
         from lorax.train.progress import Display
+        from lorax.train.regression import make_number_scorer
         from lorax.train.runtime import keep_compiled_programs
 
         keep_compiled_programs()
@@ -55,10 +56,13 @@ class Args:
             items=self.items,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
+            labels=model.config.labels,
+            regression=model.config.regression,
         )
         with Display(quiet=self.json) as show:
             show.begin("eval", len(data))
-            found = evaluate(make_scorer(model), params, data.batches(), tick=show.advance)
+            scorer = make_number_scorer(model) if model.config.regression else make_scorer(model)
+            found = evaluate(scorer, params, data.batches(), tick=show.advance)
         report = {
             "base": source.base,
             "adapter": str(source.adapter) if source.adapter else None,
@@ -70,7 +74,7 @@ class Args:
         else:
             label = str(source.adapter or source.base)
             print_table(
-                ("", "exact match", "loss"),
+                measures(bool(model.config.labels), model.config.regression),
                 [(label, *figures(report))],
                 f"{data.name}: {found.items} examples",
             )

@@ -48,6 +48,8 @@ class Args:
 
         keep_compiled_programs()
         model, params = open_model(source)
+        if model.config.labels:
+            raise LoraxError(f"{source.adapter or source.base}: is a classifier, which writes no text; use lorax eval")
         tokens = model.tokenizer
         if tokens is None:
             raise LoraxError(f"{source.base}: has no tokenizer.json, and text cannot be read without one")

@@ -25,6 +25,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     Console(highlight=False).print(table)
 
 
+def measures(labels: bool = False, numbers: bool = False, pairs: bool = False) -> tuple[str, str, str]:
+    """The columns of `figures`, by what is evaluated."""
+    if numbers:
+        return "", "-", "mean squared error"
+    return "", "preferred" if pairs else "right label" if labels else "exact match", "loss"
+
+
 def figures(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     """Accuracy and loss as people read them; a dash for what is not known."""
     accuracy, loss = evaluation.get("accuracy"), evaluation.get("loss")

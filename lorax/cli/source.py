@@ -127,7 +127,23 @@ def open_model(source: Source, packed: bool = True) -> tuple[Any, Any]:
     model = load(source.base, source.dtype, quantize=source.spec() if packed else None)
     if source.adapter is None:
         return model, model.params
+    model = _with_head(model, source.adapter)
     return model, load_adapter(source.adapter, model.params)
+
+
+def _with_head(model: Any, adapter: Path) -> Any:
+    """The model with the head that an adapter was trained with, where that is one over labels."""
+    from lorax.io import peft_meta
+
+    notes = peft_meta.read(adapter / peft_meta.FILE) if (adapter / peft_meta.FILE).is_file() else None
+    if notes is None or not notes.labels or model.config.labels:
+        return model
+    import jax
+
+    from lorax.models import with_labels
+
+    # Drawn and then replaced: the adapter brings the head's values.
+    return with_labels(model, notes.labels, jax.random.key(0), regression=notes.regression)
 
 
 def _named_by(config: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from lorax.cli.output import figures, print_json, print_table
+from lorax.cli.output import figures, measures, print_json, print_table
 from lorax.errors import LoraxError
 from lorax.train.config import TrainConfig
 
@@ -80,7 +80,8 @@ def config_from(recorded: Any, place: Path) -> TrainConfig:
     for name, value in recorded.items():
         if not _fits(value, kinds[name]):
             raise LoraxError(f"{place}: its setting {name} is {str(value)[:60]!r}; the run's record is damaged")
-    return TrainConfig(**{**recorded, "targets": tuple(recorded["targets"])})
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()}
+    return TrainConfig(**settings)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -115,7 +116,9 @@ def _show(report: dict[str, Any], out: Path) -> None:
         if held_out.get(key)
     ]
     title = f"{report['data']['name']}: {report['data']['eval_items']} held-out examples"
-    print_table(("", "exact match", "loss"), rows, title)
+    config = report["run"]["config"]
+    kind = measures(config["head"] != "lm", config["head"] == "regression", config["loss"] == "dpo")
+    print_table(kind, rows, title)
     adapter, train = report["adapter"], report["train"]
     print(f"{adapter['parameters']:,} parameters trained at {train['tokens_per_second']:,.0f} tokens/s")
     print(f"saved in {out}: {Path(adapter['path']).name}/, metrics.jsonl, loss.png, report.json")

@@ -16,10 +16,11 @@ import numpy as np
 
 from lorax.data.examples import Example, Examples
 from lorax.data.packing import Batch, assemble
+from lorax.data.stream import spread
 from lorax.errors import LoraxError
 
 
-def eval_batches(examples: Iterable[Example], batch_size: int, seq_len: int) -> Iterator[Batch]:
+def eval_batches(examples: Iterable[Example], batch_size: int, seq_len: int, group: int = 1) -> Iterator[Batch]:
     """Each example once, longest first, so that rows of a batch are about equally long.
 
     Every batch has `batch_size` rows, and a width from a short ladder (16, 24, 32, 48, 64, 96, ...), which
@@ -29,6 +30,7 @@ def eval_batches(examples: Iterable[Example], batch_size: int, seq_len: int) -> 
         examples: the held-out set.
         batch_size: B, rows in a batch.
         seq_len: positions that a row may have.
+        group: so many examples, one after another, stay together, one to a row; `batch_size` then counts groups.
 
     Yields:
         Batches as `lorax.data.packing.assemble` makes them, with one more array: `index` (B,) int32, the row's
@@ -50,19 +52,19 @@ def eval_batches(examples: Iterable[Example], batch_size: int, seq_len: int) -> 
     lengths = many.lengths
     if lengths.max() > seq_len:
         raise LoraxError(f"an example takes {lengths.max()} positions and a row has seq_len={seq_len}; raise seq_len")
-    return _batches(many, batch_size, seq_len)
+    return _batches(many, batch_size, seq_len, group)
 
 
-def _batches(examples: Examples, batch_size: int, seq_len: int) -> Iterator[Batch]:
-    lengths = examples.lengths
+def _batches(examples: Examples, batch_size: int, seq_len: int, group: int) -> Iterator[Batch]:
+    lengths = examples.lengths.reshape(-1, group).max(axis=1)
     order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         index = np.full(batch_size, -1, np.int32)
         index[: len(members)] = members
-        rows = [[int(i)] if i >= 0 else [] for i in index]
+        rows = spread([[int(i)] if i >= 0 else [] for i in index], group)
         batch = assemble(examples, rows, min(seq_len, bucket(int(lengths[members[0]]))))
-        yield batch | {"index": index}
+        yield batch | {"index": np.array([row[0] if row else -1 for row in rows], np.int32)}
 
 
 def bucket(length: int) -> int:

@@ -107,6 +107,19 @@ def encode_all(
     return examples
 
 
+def last_answer(example: Example) -> Example:
+    """The same tokens with weight on the last answer alone; what was said before it is the prompt.
+
+    Example:
+        >>> last_answer(Example((1,), (5, 6, 2, 7), (1.0, 0.0, 0.0, 1.0)))
+        Example(prompt_ids=(1, 5, 6, 2), completion_ids=(7,), weights=None)
+    """
+    if example.weights is None:
+        return example
+    last = max((i for i, weight in enumerate(example.weights) if weight == 0), default=-1) + 1
+    return Example(example.prompt_ids + example.completion_ids[:last], example.completion_ids[last:])
+
+
 def _plain(record: Record, tokenizer: Any) -> Example:
     if not isinstance(record.prompt, str):
         raise LoraxError("a conversation needs a chat template; give prompt and completion, or an instruct model")

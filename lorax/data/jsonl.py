@@ -27,6 +27,7 @@ class Jsonl(Sequence[Record]):
 
         {"prompt": "2 + 2 =", "completion": "4"}
         {"messages": [{"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"}]}
+        {"prompt": "2 + 2 =", "label": 4}                  (a name or a number, for a classifier or a regression)
 
     and other keys are ignored. Blank lines are skipped, a UTF-8 byte-order mark is accepted.
 
@@ -86,10 +87,33 @@ class Jsonl(Sequence[Record]):
             return parse_line(file.readline(), f"{self.path}:{self._numbers[index]}")
 
     def __iter__(self) -> Iterator[Record]:
+        return (parse_line(line, place) for line, place in self.lines())
+
+    def lines(self) -> Iterator[tuple[bytes, str]]:
+        """The lines as they are, each with its `file:line`."""
         with self._open() as file:
             for offset, number in zip(self._offsets, self._numbers, strict=True):
                 file.seek(offset)
-                yield parse_line(file.readline(), f"{self.path}:{number}")
+                yield file.readline(), f"{self.path}:{number}"
+
+
+def parse_object(line: bytes, place: str, wanted: str) -> dict[str, Any]:
+    """One line of a JSONL file as a JSON object. wanted: what it should look like, for errors.
+
+    Raises:
+        LoraxError: bad UTF-8, bad JSON, or another kind of value.
+    """
+    try:
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LoraxError(f"{place}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise LoraxError(f"{place}: not JSON at column {error.colno} ({error.msg}); {wanted}") from None
+    except (ValueError, RecursionError) as error:
+        raise LoraxError(f"{place}: not JSON that can be read ({error}); {wanted}") from None
+    if not isinstance(value, dict):
+        raise LoraxError(f"{place}: a {_kind(value)} where an object belongs; {wanted}")
+    return value
 
 
 def parse_line(line: bytes, place: str) -> Record:
@@ -102,16 +126,7 @@ def parse_line(line: bytes, place: str) -> Record:
     Raises:
         LoraxError: bad UTF-8, bad JSON, a missing key, a wrong type, an empty or impossible conversation.
     """
-    try:
-        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LoraxError(f"{place}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise LoraxError(f"{place}: not JSON at column {error.colno} ({error.msg}); {_FORMAT}") from None
-    except (ValueError, RecursionError) as error:
-        raise LoraxError(f"{place}: not JSON that can be read ({error}); {_FORMAT}") from None
-    if not isinstance(value, dict):
-        raise LoraxError(f"{place}: a {_kind(value)} where an object belongs; {_FORMAT}")
+    value = parse_object(line, place, _FORMAT)
     if "messages" in value and ("prompt" in value or "completion" in value):
         raise LoraxError(f'{place}: has "messages" and "prompt"/"completion" at once; keep one of the two')
     if "messages" in value:
@@ -120,40 +135,47 @@ def parse_line(line: bytes, place: str) -> Record:
 
 
 def _pair(value: dict[str, Any], place: str) -> Record:
+    if "label" in value and "completion" not in value:
+        # What a classifier is to say: a name, or a number to predict.
+        label = value["label"]
+        number = isinstance(label, (int, float)) and not isinstance(label, bool)
+        value = value | {"completion": repr(label) if number else label}
     missing = [key for key in ("prompt", "completion") if key not in value]
     if missing:
         raise LoraxError(f'{place}: has no "{missing[0]}"; {_FORMAT}')
-    prompt = _text(value["prompt"], '"prompt"', place)
-    return Record(prompt, _answer(value["completion"], '"completion"', place), place)
+    prompt = parse_text(value["prompt"], '"prompt"', place)
+    return Record(prompt, parse_answer(value["completion"], '"completion"', place), place)
 
 
 def _conversation(messages: Any, place: str) -> Record:
     if not isinstance(messages, list) or not messages:
         raise LoraxError(f'{place}: "messages" must be a list of turns with at least one in it')
-    turns = tuple(_turn(turn, f"turn {i}", place) for i, turn in enumerate(messages, start=1))
+    turns = tuple(parse_turn(turn, f"turn {i}", place) for i, turn in enumerate(messages, start=1))
     if turns[-1]["role"] != "assistant":
         raise LoraxError(f'{place}: the last turn is by "{turns[-1]["role"]}"; it must be by "assistant"')
     if len(turns) == 1:
         raise LoraxError(f"{place}: the assistant's turn has nothing before it to answer; add a user turn")
     for i, turn in enumerate(turns, start=1):
         if turn["role"] == "assistant":
-            _answer(turn["content"], f'"content" of turn {i}', place)
+            parse_answer(turn["content"], f'"content" of turn {i}', place)
     return Record(turns[:-1], turns[-1]["content"], place)
 
 
-def _turn(turn: Any, which: str, place: str) -> dict[str, str]:
+def parse_turn(turn: Any, which: str, place: str) -> dict[str, str]:
+    """A turn of a conversation, checked."""
     if not isinstance(turn, dict):
         raise LoraxError(f'{place}: {which} is a {_kind(turn)}; expected {{"role": ..., "content": ...}}')
     for key in ("role", "content"):
         if key not in turn:
             raise LoraxError(f'{place}: {which} has no "{key}"; expected {{"role": ..., "content": ...}}')
-    role = _text(turn["role"], f'"role" of {which}', place)
+    role = parse_text(turn["role"], f'"role" of {which}', place)
     if role not in ROLES:
         raise LoraxError(f'{place}: "role" of {which} is "{role[:40]}"; expected one of {", ".join(ROLES)}')
-    return {"role": role, "content": _text(turn["content"], f'"content" of {which}', place)}
+    return {"role": role, "content": parse_text(turn["content"], f'"content" of {which}', place)}
 
 
-def _text(value: Any, what: str, place: str) -> str:
+def parse_text(value: Any, what: str, place: str) -> str:
+    """A string, checked to be text."""
     if not isinstance(value, str):
         raise LoraxError(f"{place}: {what} is a {_kind(value)}; expected a string")
     try:
@@ -163,8 +185,9 @@ def _text(value: Any, what: str, place: str) -> str:
     return value
 
 
-def _answer(value: Any, what: str, place: str) -> str:
-    text = _text(value, what, place)
+def parse_answer(value: Any, what: str, place: str) -> str:
+    """A string with something in it."""
+    text = parse_text(value, what, place)
     if not text.strip():
         raise LoraxError(f"{place}: {what} is empty: there is nothing to learn")
     return text

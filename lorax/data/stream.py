@@ -32,6 +32,8 @@ class TrainStream(Iterator[Batch]):
             the longest example, rounded up to a multiple of 8.
         seed: decides the order of every epoch.
         pack: several examples to a row (see `lorax.data.packing`), or one.
+        group: so many examples, one after another, stay together in a batch, one to a row: the two answers of a
+            preference. `batch_size` then counts groups, and nothing is packed.
 
     Attributes:
         width: T, positions in a row.
@@ -50,13 +52,22 @@ class TrainStream(Iterator[Batch]):
     """
 
     def __init__(
-        self, examples: Iterable[Example], batch_size: int, seq_len: int, seed: int = 0, pack: bool = False
+        self,
+        examples: Iterable[Example],
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        pack: bool = False,
+        group: int = 1,
     ) -> None:
         self.examples = Examples.of(examples)
         _check(self.examples, batch_size, seq_len)
-        self._lengths = self.examples.lengths.tolist()
+        if group > 1 and (pack or len(self.examples) % group):
+            raise LoraxError(f"examples that stay together in {group}s are not packed, and come in whole groups")
+        # The length of a group is that of its longest.
+        self._lengths = self.examples.lengths.reshape(-1, group).max(axis=1).tolist()
         self.batch_size = batch_size
-        self.pack = pack
+        self.pack, self.group = pack, group
         self.width = seq_len if pack else min(seq_len, -(-max(self._lengths) // _ROUND) * _ROUND)
         # Any integer may be a seed; grain takes 32 bits of it.
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -66,10 +77,11 @@ class TrainStream(Iterator[Batch]):
             "seq_len": seq_len,
             "seed": seed,
             "pack": pack,
+            **({"group": group} if group > 1 else {}),
         }
         # Reading happens in this process and this thread: an index costs nothing to make.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        order = grain.MapDataset.source(range(len(self.examples))).seed(self._seed).shuffle()
+        order = grain.MapDataset.source(range(len(self._lengths))).seed(self._seed).shuffle()
         self._order = order
         self._places = iter(order.repeat().to_iter_dataset(options))
         self._pending: int | None = None
@@ -78,18 +90,22 @@ class TrainStream(Iterator[Batch]):
     @property
     def batches_per_epoch(self) -> float:
         if not self.pack:
-            return len(self.examples) / self.batch_size
-        lengths = (self._lengths[int(self._order[i])] for i in range(len(self.examples)))  # type: ignore[arg-type]
+            return len(self._lengths) / self.batch_size
+        lengths = (self._lengths[int(self._order[i])] for i in range(len(self._lengths)))  # type: ignore[arg-type]
         return count_batches(lengths, self.batch_size, self.width)
 
     def __next__(self) -> Batch:
+        return assemble(self.examples, self.next_rows(), self.width)
+
+    def next_rows(self) -> list[list[int]]:
+        """The next batch as the examples of each row."""
         filling = Filling(self.batch_size, self.width, most=None if self.pack else 1)
         while True:
             if self._pending is None:
                 self._before = self._places.get_state()
                 self._pending = int(next(self._places))
             if not filling.put(self._pending, self._lengths[self._pending]):
-                return assemble(self.examples, filling.rows, self.width)
+                return spread(filling.rows, self.group)
             self._pending = None
 
     def state(self) -> dict[str, Any]:
@@ -115,6 +131,18 @@ class TrainStream(Iterator[Batch]):
         except (TypeError, KeyError, ValueError) as error:
             raise LoraxError(_UNREADABLE) from error
         self._before, self._pending = state["order"], None
+
+
+def spread(rows: list[list[int]], group: int) -> list[list[int]]:
+    """Rows of groups as rows of examples, each on its own where there are groups.
+
+    Example:
+        >>> spread([[3], [0]], 2), spread([[3, 1]], 1)
+        ([[6], [7], [0], [1]], [[3, 1]])
+    """
+    if group == 1:
+        return rows
+    return [[i * group + j] if (i := row[0] if row else -1) >= 0 else [] for row in rows for j in range(group)]
 
 
 def _check(examples: Examples, batch_size: int, seq_len: int) -> None:

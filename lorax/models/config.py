@@ -49,6 +49,9 @@ class ModelConfig:
     full_layers: this many of the first layers see everything in spite of the window.
     max_length: the longest context that the model was trained for, in tokens.
     eos_ids: tokens that end a generation, besides the tokenizer's own.
+    labels: what a classifier tells apart, in the order of its outputs; empty for a language model. Its head is `score`
+        instead of one over the vocabulary, and is read at the last token of a text.
+    regression: the outputs are numbers, not classes.
     """
 
     family: str
@@ -71,6 +74,8 @@ class ModelConfig:
     max_length: int = 2048
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    regression: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in ARCHITECTURES:
@@ -165,7 +170,25 @@ def _from_hf(cls: type[ModelConfig], c: dict[str, Any]) -> ModelConfig:
         max_length=size("max_position_embeddings", _LENGTHS[family]),
         bos_id=_token("bos_token_id", c.get("bos_token_id")),
         eos_ids=_tokens("eos_token_id", c.get("eos_token_id")),
+        **_labels(c),
     )
+
+
+def _labels(c: dict[str, Any]) -> dict[str, Any]:
+    """A classifier's outputs, as transformers' `...ForSequenceClassification` names them; nothing for other models."""
+    architectures = c.get("architectures")
+    kinds = architectures if isinstance(architectures, list) else []
+    if not any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
+        return {}
+    # What its configuration class takes when the file leaves it out.
+    names = c.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+        raise LoraxError("config.json: id2label must have an entry for each output, numbered from 0")
+    labels = tuple(str(names[str(i)]) for i in range(len(names)))
+    kind = c.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")
+    if kind not in ("regression", "single_label_classification"):
+        raise LoraxError(f"config.json: problem_type {kind!r} is not served; one class of several, or numbers, are")
+    return {"labels": labels, "regression": kind == "regression"}
 
 
 def _refuse_unknown(c: dict[str, Any], family: str) -> None:
@@ -257,6 +280,11 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         out["attention_bias"] = config.attention_bias
     if config.family != "llama":
         out["sliding_window"] = config.sliding_window
+    if config.labels:
+        out["architectures"] = [ARCHITECTURES[config.family].replace("ForCausalLM", "ForSequenceClassification")]
+        out["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        out["label2id"] = {label: i for i, label in enumerate(config.labels)}
+        out["problem_type"] = "regression" if config.regression else "single_label_classification"
     if config.family in ("qwen2", "qwen3"):
         out["use_sliding_window"] = config.sliding_window is not None
         out["max_window_layers"] = config.num_layers if config.sliding_window is None else config.full_layers

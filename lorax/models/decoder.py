@@ -163,7 +163,9 @@ class Decoder(nnx.Module):
         self.layers = nnx.vmap(lambda key: Block(config, dtype=dtype, rngs=nnx.Rngs(key)))(keys)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         tied, size = config.tie_embeddings, (config.hidden_size, config.vocab_size)
-        self.lm_head = None if tied else Linear(*size, dtype=dtype, rngs=rngs)
+        outputs = len(config.labels)
+        self.lm_head = None if tied or outputs else Linear(*size, dtype=dtype, rngs=rngs)
+        self.score = Linear(config.hidden_size, outputs, dtype=dtype, rngs=rngs) if outputs else None
         self.config, self.remat, self.stream = config, remat, stream
 
     def __call__(
@@ -222,9 +224,10 @@ class Decoder(nnx.Module):
         return x if self.stream is None else jax.lax.with_sharding_constraint(x, self.stream)
 
     def head(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
-        """Logits of features."""
+        """Logits of features: over the vocabulary, or over a classifier's labels."""
         rows = x.reshape(-1, x.shape[-1])
-        logits = self.embed.attend(rows) if self.lm_head is None else self.lm_head(rows)
+        own = self.lm_head if self.score is None else self.score
+        logits = self.embed.attend(rows) if own is None else own(rows)
         return logits.reshape(*x.shape[:-1], -1)
 
     def extend(

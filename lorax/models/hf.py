@@ -76,7 +76,9 @@ def kinds(config: ModelConfig) -> list[Kind]:
     for name, sizes in (("gate", (d, f)), ("up", (d, f)), ("down", (f, d))):
         out.append(_layer(f"mlp/{name}_proj/kernel", f"mlp.{name}_proj.weight", f"ffn_{name}.weight", *sizes))
     out.append(Kind("norm/scale", "model.norm.weight", "output_norm.weight", (d,)))
-    if not c.tie_embeddings:
+    if c.labels:
+        out.append(Kind("score/kernel", "score.weight", "score.weight", (d, len(c.labels))))
+    elif not c.tie_embeddings:
         out.append(Kind("lm_head/kernel", "lm_head.weight", "output.weight", (d, c.vocab_size)))
     return out
 

@@ -85,6 +85,8 @@ class Model:
             return params
         tensor = place.spec[1] if len(place.spec) > 1 else None
         tied = self.config.tie_embeddings
+        if self.config.labels:
+            return params  # its head is small: every device has it
         outer, name = ("embed", "embedding") if tied else ("lm_head", "kernel")
         spec = PartitionSpec(tensor, None) if tied else PartitionSpec(None, tensor)
         put = jax.lax.with_sharding_constraint(params[outer][name], NamedSharding(place.mesh, spec))

@@ -54,9 +54,15 @@ def save_hf(directory: str | Path, model: Any, params: Any, max_shard: int = MAX
             total = sum(entry.nbytes for entries in shards for entry in entries)
             write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         dtype = jnp.dtype(flat["embed/embedding"].dtype).name
-        write_json(aside / "config.json", config.to_hf() | {"torch_dtype": dtype} | quantised)
+        write_json(aside / "config.json", config.to_hf() | _padding(model) | {"torch_dtype": dtype} | quantised)
         if model.tokenizer is not None:
             model.tokenizer.save(aside)
+
+
+def _padding(model: Any) -> dict[str, Any]:
+    """The token of padding, by which transformers finds the last token of a text that is to be classified."""
+    pad = None if model.tokenizer is None else model.tokenizer.pad_id
+    return {"pad_token_id": pad} if model.config.labels and pad is not None else {}
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

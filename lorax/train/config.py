@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,18 +29,32 @@ class TrainConfig:
     task: Literal["medical", "legal", "code"] | None = None
     """A built-in demo task: code -> chapter, licence text -> SPDX id, docstring -> function name."""
     data: str | None = None
-    """JSONL of your own: chat ("messages") or "prompt"/"completion" rows."""
+    """JSONL of your own: chat ("messages"), "prompt"/"completion", "prompt"/"label", or for DPO
+    "prompt"/"chosen"/"rejected" rows."""
     eval_data: str | None = None
     """Held-out JSONL, in the same format as --data."""
     method: Method = "lora"
     """What may change: low-rank factors (qlora: over a quantised base), every weight, the output head, or the last k
     blocks."""
+    head: Literal["lm", "classification", "regression"] = "lm"
+    """What the model says: text, one of the labels that the data has, or a number. The last two put a small head on the
+    features of the last token (or train on the one that the base has); it trains with every method."""
+    loss: Literal["sft", "dpo"] = "sft"
+    """Learn the answers of the data, or (DPO) to prefer the chosen over the rejected ones."""
+    beta: float = 0.1
+    """DPO: how much a change against the reference, the base without adapters, counts."""
     rank: int = 16
     """LoRA rank r."""
     alpha: float = 32.0
     """LoRA alpha; the change is scaled by alpha/r (lora) or alpha/sqrt(r) (rslora)."""
     targets: tuple[str, ...] = ("all-linear",)
     """Weights that get factors: globs over paths such as layers/attn/q_proj/kernel, or all-linear."""
+    train_also: tuple[str, ...] = ()
+    """Weights that train as they are beside the method's own: globs, such as */bias, *norm*/scale or embed/*."""
+    rank_pattern: tuple[str, ...] = ()
+    """Ranks of some weights, as GLOB=RANK; the first that fits counts, --rank is for the others."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Alphas of some weights, as GLOB=ALPHA, likewise."""
     scaling: Literal["lora", "rslora"] = "lora"
     """How alpha becomes the scale."""
     variant: Literal["lora", "dora", "lora-fa", "vera"] = "lora"
@@ -119,7 +134,7 @@ class TrainConfig:
                 raise LoraxError(f"{name} is {value}: must be at least {least}")
             if value is not None and value > _AT_MOST:
                 raise LoraxError(f"{name} is {value}: must be at most {_AT_MOST}")
-        for name in ("lr", "alpha", "epochs", "lora_plus"):
+        for name in ("lr", "alpha", "epochs", "lora_plus", "beta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise LoraxError(f"{name} is {getattr(self, name)}: must be above 0")
         if self.method not in ADAPTERS and self.dtype != "float32":
@@ -128,6 +143,9 @@ class TrainConfig:
                 "steps; leave it out, or train factors with --method lora or qlora"
             )
         self._check_variant()
+        self._check_task()
+        self.ranks()
+        self.alphas()
         if self.loftq and self.method != "qlora":
             raise LoraxError(f"--loftq {self.loftq}: makes up for quantisation, and --method {self.method} has none")
         if self.loftq and self.quant not in ("nf4", "fp4"):
@@ -150,6 +168,46 @@ class TrainConfig:
         if self.moves_base and self.method == "qlora":
             raise LoraxError(f"--init {self.init}: takes its factors out of the weights, and a quantised base has none")
 
+    def _check_task(self) -> None:
+        """Heads, losses and weights that train beside, where they do not go together."""
+        if self.loss == "dpo":
+            for bad, why in (
+                (self.method not in ADAPTERS, f"--method {self.method} leaves no base to compare with"),
+                (bool(self.train_also), "--train-also leaves no base of those weights to compare with"),
+                (self.head != "lm", f"--head {self.head} writes no answers"),
+                (self.moves_base, f"--init {self.init} takes its factors out of the base that it compares with"),
+                (bool(self.loftq), f"--loftq {self.loftq} starts somewhere else than the base that it compares with"),
+                (self.pack, "--pack puts answers together that are compared"),
+            ):
+                if bad:
+                    raise LoraxError(f"--loss dpo: {why}; leave one of them out")
+        elif self.beta != 0.1:
+            raise LoraxError(f"--beta {self.beta}: is DPO's; add --loss dpo")
+        if self.train_also and self.method == "full":
+            raise LoraxError(f"--train-also {self.train_also[0]}: with --method full everything trains already")
+        whole = "--train-also" if self.train_also else f"--head {self.head}" if self.head != "lm" else None
+        if whole and self.dtype != "float32":
+            raise LoraxError(
+                f"--dtype {self.dtype}: {whole} trains weights of that dtype, which swallow small steps; leave it out"
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) and self.method not in ADAPTERS:
+                raise LoraxError(f"--{name.replace('_', '-')}: --method {self.method} has no low-rank change")
+
+    def ranks(self) -> int | dict[str, int]:
+        """The rank, or one for each pattern.
+
+        Raises:
+            LoraxError: an entry of --rank-pattern that is none.
+        """
+        found = _pattern("rank_pattern", self.rank_pattern, int, "a whole number of at least 1")
+        return {**found, "*": self.rank} if found else self.rank
+
+    def alphas(self) -> float | dict[str, float]:
+        """The alpha, or one for each pattern; see `ranks`."""
+        found = _pattern("alpha_pattern", self.alpha_pattern, float, "a number above 0")
+        return {**found, "*": self.alpha} if found else self.alpha
+
     @property
     def moves_base(self) -> bool:
         """Whether the factors start in the weights, and the base is what is left."""
@@ -167,6 +225,21 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON keeps them (tuples become lists)."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _pattern(name: str, entries: tuple[str, ...], kind: Callable[[str], Any], wanted: str) -> dict[str, Any]:
+    """GLOB=VALUE entries as a mapping."""
+    out: dict[str, Any] = {}
+    for entry in entries:
+        glob, _, text = entry.rpartition("=")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not glob or not 0 < value <= _AT_MOST:
+            raise LoraxError(f"--{name.replace('_', '-')} {entry}: must be GLOB=VALUE, the value {wanted}")
+        out[glob] = value
+    return out
 
 
 # Counts and seeds are 32-bit numbers somewhere below.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from lorax.train.loss import score
+from lorax.train.loss import features, score
 
 Batch = dict[str, Any]
 
@@ -19,13 +19,14 @@ class Evaluation(NamedTuple):
     """Figures over a set of examples.
 
     Attributes:
-        accuracy: part of the examples whose whole completion greedy decoding would reproduce, 0..1.
-        loss: mean over completion tokens, in nats.
+        accuracy: part of the examples whose whole completion greedy decoding would reproduce, 0..1; of labels, those
+            that are right; of preferences, those in which the preferred answer gained more. None for numbers.
+        loss: mean over completion tokens (labels, pairs), in nats; of numbers, the mean squared error.
         items: examples seen.
         tokens: completion tokens seen.
     """
 
-    accuracy: float
+    accuracy: float | None
     loss: float
     items: int
     tokens: int
@@ -43,7 +44,7 @@ def make_scorer(model: Any) -> Callable[[PyTree, Batch], tuple[Float[Array, " ro
     from lorax import lift
 
     def rows(params, batch):
-        hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segment_ids"])
+        hidden = features(model, params, batch)
         live = (batch["weights"] > 0).astype(jnp.float32)
         scores = score(lambda x: model.head(params, x), hidden, batch["targets"], batch["weights"])
         return jnp.sum(scores.loss, axis=-1), jnp.sum(live - scores.hit, axis=-1), jnp.sum(live, axis=-1)
@@ -65,15 +66,18 @@ def evaluate(
         scorer: from `make_scorer`.
         params: plain or adapted parameters.
         batches: dicts of numpy arrays as `lorax.data.eval_batches` gives.
-        tick: called with the number of examples after each batch (progress, interruption).
+        tick: called with the number of examples after each batch (progress, interruption). A scorer that knows no hits
+            says NaN for the misses.
     """
-    loss, exact, items, tokens = 0.0, 0, 0, 0
+    loss, exact, items, tokens, blind = 0.0, 0, 0, 0, False
     for batch in batches:
         total, misses, count = (np.asarray(x, np.float64) for x in scorer(params, batch))
         real = count > 0
         loss += float(total[real].sum())
         exact += int((misses[real] == 0).sum())
+        blind |= bool(np.isnan(misses[real]).any())
         tokens += int(count.sum())
         items += int(real.sum())
         tick(int(real.sum()))
-    return Evaluation(exact / max(items, 1), loss / max(tokens, 1), items, tokens)
+    accuracy = None if blind else exact / max(items, 1)
+    return Evaluation(accuracy, loss / max(tokens, 1), items, tokens)

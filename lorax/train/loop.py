@@ -77,7 +77,7 @@ def fit(
     for number in range(int(state.step) + 1, steps + 1):
         began = time.perf_counter()
         batch = stacked([next(batches) for _ in range(accumulate)])
-        shape = batch["ids"].shape
+        shape = batch["targets"].shape
         state, metrics = step(state, frozen, batch)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -102,9 +102,9 @@ def stacked(batches: list[Batch]) -> Batch:
 
     Zero is padding in every field: token 0 in segment 0 with weight 0.
     """
-    width = max(batch["ids"].shape[1] for batch in batches)
+    width = max(batch["targets"].shape[1] for batch in batches)
 
     def wide(x):
-        return np.pad(x, [(0, 0), (0, width - x.shape[1])])
+        return np.pad(x, [(0, 0), (0, width - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
     return jax.tree.map(lambda *xs: np.stack([wide(x) for x in xs]), *batches)

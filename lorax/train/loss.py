@@ -12,7 +12,7 @@ Everything here is ordinary JAX, so `lorax.lift` sees through it when the head c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +109,51 @@ def score(
         return _nll(logits, labels) * live, (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32) * live
 
     def step(_, xs):
-        nothing = (jnp.zeros(chunk, jnp.float32), jnp.zeros(chunk, jnp.float32))
+        nothing = (jnp.zeros_like(xs[2]), jnp.zeros_like(xs[2]))
         return None, jax.lax.cond(jnp.any(xs[2] > 0), one, lambda *_: nothing, *xs)
 
     _, (loss, hit) = jax.lax.scan(step, None, chunks[:3])
     return Scores(*(_back(x, chunks.order, targets.shape) for x in (loss, hit)))
+
+
+def features(model: Any, params: Any, batch: Any) -> Any:
+    """The features of a batch's positions, (B, T, d): computed, or those that it brings."""
+    if "features" in batch:
+        return batch["features"]
+    return model.hidden(params, batch["ids"], batch["positions"], batch["segment_ids"])
+
+
+def log_probs(
+    head: Head,
+    hidden: Float[Array, "*batch d"],
+    targets: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"],
+    *,
+    chunk: int = CHUNK,
+) -> Float[Array, "*batch"]:
+    """`weight * log softmax(head(hidden))[target]` of every position, differentiable in everything.
+
+    For losses that are no sum over tokens, such as those of preferences. Logits are made anew in the backward pass, a
+    chunk of rows at a time; chunks in which nothing counts are not computed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> w = jnp.eye(3)
+        >>> rows = log_probs(lambda h: h @ w, jnp.zeros((1, 2, 3)), jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]]))
+        >>> [round(float(x), 4) for x in rows[0]]  # -log 3
+        [-1.0986, 0.0]
+    """
+    chunks = _chunked(hidden, targets, weights, chunk)
+
+    def one(rows, labels, w):
+        return -_nll(head(rows).astype(jnp.float32), labels) * w
+
+    @jax.checkpoint
+    def step(_, xs):
+        return None, jax.lax.cond(jnp.any(xs[2] > 0), one, lambda *_: jnp.zeros_like(xs[2]), *xs)
+
+    _, found = jax.lax.scan(step, None, chunks[:3])
+    return _back(found, chunks.order, targets.shape)
 
 
 def _sum_with_autodiff(head: Head, chunks: _Chunks) -> Float[Array, ""]:
@@ -121,6 +161,9 @@ def _sum_with_autodiff(head: Head, chunks: _Chunks) -> Float[Array, ""]:
 
     def one(rows, labels, w):
         return jnp.sum(_nll(head(rows).astype(jnp.float32), labels) * w)
+
+    if len(chunks.rows) == 1:
+        return one(*(x[0] for x in chunks[:3]))
 
     @jax.checkpoint
     def step(total, xs):
@@ -164,6 +207,8 @@ def _chunked(hidden, targets, weights, chunk: int, groups: int = 1) -> _Chunks:
     d = hidden.shape[-1]
     rows, labels = hidden.reshape(-1, d), targets.reshape(-1)
     w = weights.reshape(-1).astype(jnp.float32)
+    # No more rows of logits than there are rows.
+    chunk = min(chunk, -(-len(w) // 8) * 8)
     order = jnp.argsort(w <= 0, stable=True)
     pad = -len(w) % chunk
     # A padding row repeats row 0 with weight 0; it never counts.

@@ -4,10 +4,12 @@
     qlora    the same over a quantised base,        only A and B train
              from where they make up for its error
     full     every leaf is Full                     everything trains
-    head     lm_head is Full                        a linear probe over frozen features
+    head     lm_head (or score, of a classifier)    a linear probe over frozen features
+             is Full
     last-k   stacked leaves are Concat(frozen, Full) the top k blocks train
 
-Nothing after this file knows which one was chosen.
+`--train-also` makes further leaves Full, whatever the method, and so does the head of a classifier. Nothing after this
+file knows which one was chosen.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lorax import LoraSpec, adapt
+from lorax import Concat, Full, LoraSpec, Quantized, adapt
+from lorax.choose import choose
 from lorax.errors import LoraxError
 from lorax.models import Original
 from lorax.quant import fit_factors
 from lorax.train.config import TrainConfig
-from lorax.tree import train_last
+from lorax.tree import map_named, named_leaves, train_last
 
 # Tokens whose activations EVA looks at: a few for each direction that it may take.
 EVA_TOKENS = 4096
@@ -36,8 +39,8 @@ def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -
 
     Args:
         model: a zoo model (`.params`, `.config`, `.apply`); for `qlora` loaded with `config.quantised`.
-        config: the run; `method`, `targets`, `rank`, `alpha`, `scaling`, `variant`, `init`,
-            `dropout`, `loftq`, `last_k` and `seed` are read.
+        config: the run; `method`, `targets`, `train_also`, `rank`, `alpha` (and their patterns), `scaling`, `variant`,
+            `init`, `dropout`, `loftq`, `last_k` and `seed` are read.
         tokens: training text for `--init eva`, int32, one after another.
 
     Returns:
@@ -48,15 +51,17 @@ def adapted(model: Any, config: TrainConfig, tokens: np.ndarray | None = None) -
         LoraxError: a pattern matches nothing, a rank does not fit, or there are fewer than `last_k` blocks.
     """
     if config.method == "last-k":
-        return model, train_last(model.params, config.last_k, pattern="layers/*")
-    if config.method == "head":
+        return model, _also(train_last(model.params, config.last_k, pattern="layers/*"), also_patterns(config, model))
+    if config.method == "head" and not model.config.labels:
         model = untied(model)
     key = jax.random.key(config.seed)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     if config.init == "eva":
         # Features only: the logits of a batch would take more memory than all the rest.
-        return model, adapt(key, model.params, spec_for(config), fn=model.hidden, args=(_rows(tokens, config.seq_len),))
-    params = adapt(key, model.params, spec_for(config), fn=model.apply, args=(example,))
+        return model, adapt(
+            key, model.params, spec_for(config, model), fn=model.hidden, args=(_rows(tokens, config.seq_len),)
+        )
+    params = adapt(key, model.params, spec_for(config, model), fn=model.apply, args=(example,))
     if config.loftq:
         params = fit_factors(params, Original(config.base, config.dtype), config.loftq)
     return model, params
@@ -84,21 +89,53 @@ def _rows(tokens: np.ndarray | None, length: int) -> jax.Array:
     return jnp.asarray(have[: have.size // length * length].reshape(-1, length).astype(np.int32))
 
 
-def spec_for(config: TrainConfig) -> LoraSpec:
+def also_patterns(config: TrainConfig, model: Any) -> tuple[str, ...]:
+    """What trains as it is beside the method's own: what the user named, and the head of a classifier."""
+    return (*config.train_also, *(("score/*",) if model.config.labels else ()))
+
+
+def _also(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
+    """A tree in which some leaves train already, with further ones that do.
+
+    Raises:
+        LoraxError: a pattern matches nothing, or a quantised weight.
+    """
+    chosen = set(choose(patterns, named_leaves(params), "train_also"))
+
+    def one(path: str, leaf: Any) -> Any:
+        if path in chosen and isinstance(leaf, Quantized):
+            raise LoraxError(f"{path}: is quantised and cannot train as a whole; leave it out of train_also")
+        # A weight whose last layers train is joined again: all of it trains.
+        whole = leaf.dense() if isinstance(leaf, Concat) else leaf
+        return Full(whole) if path in chosen and not isinstance(leaf, Full) else leaf
+
+    return map_named(one, params)
+
+
+def only_head(trainable: PyTree) -> bool:
+    """Whether nothing below the head trains, so that the head's inputs stay what they are."""
+    return bool(jax.tree.leaves(trainable)) and all(
+        name in ("lm_head", "score") or not jax.tree.leaves(part) for name, part in trainable.items()
+    )
+
+
+def spec_for(config: TrainConfig, model: Any) -> LoraSpec:
     """The `LoraSpec` of a method that is one."""
+    also = also_patterns(config, model)
     if config.method == "full":
         return LoraSpec(targets=(), train_also="*")
     if config.method == "head":
-        return LoraSpec(targets=(), train_also="lm_head/*")
+        return LoraSpec(targets=(), train_also=also if model.config.labels else ("lm_head/*", *also))
     targets = config.targets[0] if len(config.targets) == 1 else config.targets
     return LoraSpec(
         targets=targets,
-        rank=config.rank,
-        alpha=config.alpha,
+        rank=config.ranks(),
+        alpha=config.alphas(),
         scaling=config.scaling,
         variant=config.variant,
         init=config.init,
         dropout=config.dropout,
+        train_also=also,
     )
 
 
@@ -121,5 +158,5 @@ def head_trains(trainable: PyTree, config: Any) -> bool:
     """Whether the function from features to logits has weights that train: decides how the loss is
     differentiated.
     """
-    names = ("embed", "lm_head") if config.tie_embeddings else ("lm_head",)
+    names = ("score",) if config.labels else ("embed", "lm_head") if config.tie_embeddings else ("lm_head",)
     return any(bool(jax.tree.leaves(trainable.get(name))) for name in names)

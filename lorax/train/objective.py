@@ -1,7 +1,8 @@
-"""What is minimised, and by what: the supervised loss of a decoder, and AdamW, its moments in 32 or 8 bits."""
+"""What is minimised, and by what: the loss that the settings ask for, and AdamW, its moments in 32 or 8 bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -9,7 +10,10 @@ import optax
 from lorax import dropout, join, lift, lora_plus
 from lorax.optim import adamw8bit, offload
 from lorax.train.config import TrainConfig
-from lorax.train.loss import CHUNK, cross_entropy
+from lorax.train.evaluation import make_scorer
+from lorax.train.loss import CHUNK, cross_entropy, features
+from lorax.train.preference import make_pair_scorer, preference_loss
+from lorax.train.regression import make_number_scorer, squared_error
 from lorax.train.schedule import Schedule, learning_rate
 from lorax.train.step import LossFn
 
@@ -18,14 +22,17 @@ def language_model_loss(model: Any, *, head_trains: bool, chunk: int = CHUNK, gr
     """The supervised loss of a decoder: `(trainable, frozen, batch, key) -> (sum over completion tokens,
     their number)`.
 
+    A batch may bring `features` (B, T, d) instead of token ids: those of a trunk in which nothing trains.
+
     Args:
-        model: anything with `.hidden(params, ids, positions, segment_ids)` and `.head(params, rows)`.
+        model: anything with `.hidden(params, ids, positions, segment_ids)` and `.head(params, rows)`. Of a classifier,
+            the targets are its labels.
         head_trains: whether the weights behind `.head` are differentiated (see `cross_entropy`).
         chunk, groups: as in `cross_entropy`; on a mesh `groups` is how many parts the batch is split into.
     """
 
     def forward(params, batch):
-        hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segment_ids"])
+        hidden = features(model, params, batch)
         if getattr(model, "stream", None) is not None:
             params = model.head_at_hand(params)
         return cross_entropy(
@@ -41,6 +48,22 @@ def language_model_loss(model: Any, *, head_trains: bool, chunk: int = CHUNK, gr
     lifted = lift(forward)
     # A tree whose rates are all zero comes back as it is.
     return lambda trainable, frozen, batch, key: lifted(dropout(join(trainable, frozen), key), batch)
+
+
+def loss_for(model: Any, config: TrainConfig, *, head_trains: bool) -> LossFn:
+    """The loss of a run: of tokens or labels, of numbers, or of preferences."""
+    if config.loss == "dpo":
+        return preference_loss(model, config.beta)
+    if model.config.regression:
+        return squared_error(model)
+    return language_model_loss(model, head_trains=head_trains)
+
+
+def scorer_for(model: Any, config: TrainConfig) -> Callable[..., Any]:
+    """What `evaluate` measures in a run: the same loss, and what counts as a hit."""
+    if config.loss == "dpo":
+        return make_pair_scorer(model, config.beta)
+    return make_number_scorer(model) if model.config.regression else make_scorer(model)
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> tuple[optax.GradientTransformation, Schedule]:

@@ -35,7 +35,10 @@ def save_result(out: Path, model: Any, params: PyTree, config: TrainConfig) -> P
         if turns > 1:
             save_hf(out / "base", model, base_of(params))
             base = str(out / "base")
-        save_adapter(out / "adapter", params, base_name=base, loftq=turns)
+        labels = model.config.labels
+        save_adapter(
+            out / "adapter", params, base_name=base, loftq=turns, labels=labels, regression=model.config.regression
+        )
         return out / "adapter"
     save_hf(out / "model", model, merge(params))
     return out / "model"

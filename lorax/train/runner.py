@@ -27,15 +27,17 @@ from lorax import extract, join, rebase, split
 from lorax.data import TrainStream
 from lorax.errors import LoraxError
 from lorax.io import atomic
-from lorax.models import load
+from lorax.models import load, with_labels
+from lorax.models.resolve import cache_dir
 from lorax.train import methods
 from lorax.train.checkpoint import Checkpoints
 from lorax.train.config import TrainConfig, same_run
 from lorax.train.dataset import Dataset, prepare
-from lorax.train.evaluation import evaluate, make_scorer
+from lorax.train.evaluation import evaluate
+from lorax.train.features import FeatureStream, HeldOutFeatures, cached
 from lorax.train.interrupt import Asked, Interruptible
 from lorax.train.loop import Diverged, Row, fit
-from lorax.train.objective import language_model_loss, make_optimizer
+from lorax.train.objective import loss_for, make_optimizer, scorer_for
 from lorax.train.outcome import base_figures, build_report, save_result
 from lorax.train.plot import plot_loss
 from lorax.train.progress import Display
@@ -43,6 +45,9 @@ from lorax.train.receipts import coverage, unmoved
 from lorax.train.record import MetricsLog, environment, read_json
 from lorax.train.schedule import Schedule
 from lorax.train.step import State, init_state, make_step
+
+# Folded into the seed's key for a new head, so that it is not drawn as the factors are.
+HEAD = 0x68656164
 
 
 def run(config: TrainConfig, out: Path, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
@@ -96,13 +101,17 @@ def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[
 def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
     """Load the base and the data, and write the record; the same data is required of a resumed run."""
     base = load(config.base, jnp.dtype(config.dtype), config.remat, config.quantised)
-    data = prepare(config, base.tokenizer, show.say)
-    model, params = methods.adapted(base, config, data.train.ids)
-    stream = data.stream(config)
+    _check_head(config, base.config)
+    data = prepare(config, base.tokenizer, show.say, base.config.labels)
+    about = {"data": data.sha256, "base": _fingerprint(base.params)}
+    if data.labels and not base.config.labels:
+        key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
+        base = with_labels(base, data.labels, key, regression=config.head == "regression")
+    model, params = methods.adapted(base, config, data.text)
+    stream: Any = data.stream(config)
     per_epoch = stream.batches_per_epoch / config.accumulate
     steps = config.steps or max(1, round(config.epochs * per_epoch))
     optimizer, rate = make_optimizer(config, steps)
-    about = {"data": data.sha256, "base": _fingerprint(base.params)}
     record = out / "run.json"
     if record.exists():
         before = read_json(record)
@@ -114,6 +123,9 @@ def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
             record,
             {"config": config.as_json(), "steps": steps, "sha256": about, "environment": environment()},
         )
+    if methods.only_head(split(params)[0]) and config.loss == "sft":
+        stream, held_out = _by_features(config, base, data, stream, about, show)
+        data = dataclasses.replace(data, held_out=held_out)
     # The model is code from here on: its parameters live in `params`, some of them structured.
     model = dataclasses.replace(model, params={})
     return {
@@ -125,6 +137,36 @@ def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
         "optimizer": optimizer,
         "rate": rate,
     }
+
+
+def _check_head(config: TrainConfig, base: Any) -> None:
+    """Whether the base is of the kind that the settings train.
+
+    Raises:
+        LoraxError: a classifier where text is learnt, or one of the other kind.
+    """
+    have = "lm" if not base.labels else "regression" if base.regression else "classification"
+    if have not in ("lm", config.head):
+        raise LoraxError(f"{config.base}: its head is for {have}; train it with --head {have}")
+
+
+def _by_features(
+    config: TrainConfig, base: Any, data: Dataset, stream: TrainStream, about: dict[str, str], show: Display
+) -> tuple[FeatureStream, Any]:
+    """The stream and the held-out part with the trunk's features in the place of tokens, each computed once."""
+    parts = {"train": data.train, "held-out": data.held_out.examples}
+    begun: set[str] = set()
+
+    def tick(part: str, rows: int) -> None:
+        if part not in begun:
+            begun.add(part)
+            show.begin(f"features {part}", len(parts[part]))
+        show.advance(rows)
+
+    sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+    key = {**about, "dtype": config.dtype, "quantised": repr(config.quantised)}
+    found = cached(base, parts, key, cache_dir() / "features", **sizes, tick=tick)
+    return FeatureStream(stream, found["train"]), HeldOutFeatures(found["held-out"], config.batch_size)
 
 
 def _fingerprint(params: PyTree) -> str:
@@ -149,7 +191,7 @@ class _Run:
     model: Any
     params: PyTree
     data: Dataset
-    stream: TrainStream
+    stream: TrainStream | FeatureStream
     steps: int
     optimizer: optax.GradientTransformation
     rate: Schedule
@@ -176,8 +218,8 @@ class _Run:
         state = init_state(trainable, self.optimizer, config.seed)
         self.params = None  # the state has its own copy of what trains; the first one can go
         head_trains = methods.head_trains(trainable, self.model.config)
-        self.step = make_step(language_model_loss(self.model, head_trains=head_trains), self.optimizer)
-        self.scorer = make_scorer(self.model)
+        self.step = make_step(loss_for(self.model, config, head_trains=head_trains), self.optimizer)
+        self.scorer = scorer_for(self.model, config)
         self.checkpoints = Checkpoints(self.out / "checkpoints", say=self.show.say)
         restored = self.checkpoints.restore(state)
         if restored is not None:
