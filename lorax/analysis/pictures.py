@@ -1,12 +1,14 @@
-"""What an analysis found, as pictures: layer x kind, spectra, similarity."""
+"""What an analysis found, as pictures: layer x kind, spectra, similarity, what was forgotten."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorax.analysis.forgetting import Forgotten
 from lorax.analysis.result import Analysis
 
 
@@ -76,6 +78,25 @@ def similarity_map(found: Analysis, title: str) -> Any:
     axes.set(xlabel="j, directions of the second", ylabel="i, directions of the first", title=f"{title}: phi(i, j)")
     figure.colorbar(image, ax=axes)
     return figure
+
+
+def forgetting_bars(rows: Sequence[Forgotten], title: str) -> Any:
+    """Loss before and after on each set, side by side."""
+    figure, axes = _figure(2 + 1.2 * len(rows), 4)
+    at = np.arange(len(rows))
+    axes.bar(at - 0.2, [row.before for row in rows], 0.4, label="before", color="0.7")
+    axes.bar(at + 0.2, [row.after for row in rows], 0.4, label="after")
+    for x, row in zip(at, rows, strict=True):
+        axes.text(x, max(row.before, row.after), f"{row.change:+.3f}", ha="center", va="bottom", fontsize="small")
+    axes.set_xticks(at, [f"{row.name}\n(trained for)" if row.own else row.name for row in rows])
+    axes.set(ylabel="loss, nats per token", title=f"{title}: learnt and forgotten")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def save_forgetting(path: Path, rows: Sequence[Forgotten], title: str) -> None:
+    """Write `forgetting_bars` as a picture."""
+    _save(path, forgetting_bars(rows, title))
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

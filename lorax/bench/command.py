@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import tyro
 
-from lorax.bench import kernels, multi, nf4, record, train_step
+from lorax.bench import kernels, methods, multi, nf4, record, train_step
 from lorax.bench.kernels import KernelsConfig
+from lorax.bench.methods import MethodsConfig
 from lorax.bench.multi import MultiConfig
 from lorax.bench.nf4 import Nf4Config
 from lorax.bench.train_step import BenchConfig
@@ -23,11 +24,12 @@ class Args:
     nf4: quantise, dequantise and multiply against bitsandbytes.
     multi: many adapters in one batch, forward and training, against the base alone and PEFT.
     kernels: every operation of lorax_kernels, implementation and shape; what is for other chips, as it was compiled.
+    methods: the steps of head, last-2, LoRA and DoRA against full fine-tuning's, and what an analysis takes.
 
     Example: lorax bench train --peer-python .venv-peers/bin/python --out bench.json
     """
 
-    what: tyro.conf.Positional[Literal["train", "nf4", "multi", "kernels"]]
+    what: tyro.conf.Positional[Literal["train", "nf4", "multi", "kernels", "methods"]]
     """What to measure."""
     config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -39,9 +41,14 @@ class Args:
     def run(self, words: Sequence[str]) -> None:
         from lorax.cli.output import print_json, print_table
 
-        runs = {"train": lambda: train_step.run(self.config), "nf4": lambda: nf4.run(self._nf4())}
-        runs["kernels"] = lambda: kernels.run(self.kernels)
-        result = runs.get(self.what, lambda: multi.run(self._multi()))()
+        runs = {
+            "train": lambda: train_step.run(self.config),
+            "nf4": lambda: nf4.run(self._nf4()),
+            "multi": lambda: multi.run(self._multi()),
+            "kernels": lambda: kernels.run(self.kernels),
+            "methods": lambda: methods.run(self._methods()),
+        }
+        result = runs[self.what]()
         if self.out is not None:
             record.write(self.out, result)
         if self.json:
@@ -60,6 +67,12 @@ class Args:
         c = self.config
         rounds = {} if c.rounds == BenchConfig.rounds else {"rounds": c.rounds}
         return Nf4Config(threads=c.threads, peer_python=c.peer_python, seed=c.seed, **rounds)
+
+    def _methods(self) -> MethodsConfig:
+        """Likewise."""
+        c, d = self.config, BenchConfig()
+        names = ("batch_size", "rank", "rounds", "base", "threads", "seed")
+        return MethodsConfig(**{name: getattr(c, name) for name in names if getattr(c, name) != getattr(d, name)})
 
     def _multi(self) -> MultiConfig:
         """Likewise; batch and length are the benchmark's own unless they are given."""

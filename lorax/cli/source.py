@@ -83,7 +83,7 @@ def find(base: str | None, adapter: str | None) -> Source:
 
 def _over(base: str | None, adapter: Path, run: Path) -> Source:
     """An adapter and its base: the quantised one that a LoftQ run wrote beside it, or one by name."""
-    settings = _settings(run / "run.json")
+    settings = settings_of(run / "run.json")
     turns, _ = _fitted(adapter)
     if turns > 1:
         own = run / "base" if settings else Path(_named_by(adapter / "adapter_config.json"))
@@ -107,7 +107,7 @@ def _fitted(adapter: Path) -> tuple[int, str | None]:
     return notes.loftq, notes.quantised
 
 
-def _settings(record: Path) -> dict[str, Any]:
+def settings_of(record: Path) -> dict[str, Any]:
     """What a run's record says; nothing where there is none."""
     try:
         config = json.loads(record.read_text())["config"]

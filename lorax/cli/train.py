@@ -117,7 +117,8 @@ def _show(report: dict[str, Any], out: Path) -> None:
     ]
     title = f"{report['data']['name']}: {report['data']['eval_items']} held-out examples"
     config = report["run"]["config"]
-    kind = measures(config["head"] != "lm", config["head"] == "regression", config["loss"] == "dpo")
+    head, loss = config.get("head", "lm"), config.get("loss", "sft")
+    kind = measures(head != "lm", head == "regression", loss == "dpo")
     print_table(kind, rows, title)
     adapter, train = report["adapter"], report["train"]
     print(f"{adapter['parameters']:,} parameters trained at {train['tokens_per_second']:,.0f} tokens/s")

@@ -27,7 +27,8 @@ UNDERSTOOD = frozenset({
     "task_type", "auto_mapping", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
-    "eva_config", "megatron_core", "merge_weights", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "eva_config", "megatron_core", "merge_weights",
+    "trainable_token_indices", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 })  # fmt: skip
 REASONS = {
     "fan_in_fan_out": "its base keeps weights as (in, out)",
@@ -35,7 +36,6 @@ REASONS = {
     "enable_lora": "its factors are for parts of one fused projection",
     "lora_bias": "its factors carry biases",
     "target_parameters": "it changes parameters outside linear layers",
-    "trainable_token_indices": "it replaces single rows of the embedding",
     "loftq_config": "it was trained over a quantised copy of the base",
 }
 # Starting points that leave the base weights as they are.
@@ -127,6 +127,7 @@ class Settings(NamedTuple):
     bias: str
     tied: bool
     dora: bool
+    tokens: tuple[int, ...]
     path: Path
 
     def scale(self, module: str, rank: int) -> float:
@@ -176,6 +177,7 @@ def read(path: Path, loftq: bool = False) -> Settings:
         bias=_choice(path, "bias", raw.get("bias") or "none", ("none", "all", "lora_only")),
         tied=_choice(path, "ensure_weight_tying", raw.get("ensure_weight_tying") or False, (True, False)),
         dora=_choice(path, "use_dora", raw.get("use_dora") or False, (True, False)),
+        tokens=_tokens(path, raw.get("trainable_token_indices")),
         path=path,
     )
 
@@ -224,6 +226,24 @@ def _names(path: Path, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise LoraxError(f"{path}: modules_to_save is {_cut(value)}, not a list of names")
     return tuple(value)
+
+
+def _tokens(path: Path, value: Any) -> tuple[int, ...]:
+    """Rows of the embedding that are replaced one by one: a list, or a list under the embedding's name."""
+    if isinstance(value, dict) and value:
+        other = next((name for name in value if name.rpartition(".")[2] != "embed_tokens"), None)
+        if other is not None or len(value) > 1:
+            raise LoraxError(
+                f"{path}: trainable_token_indices of {_cut(other or list(value))} is not served: lorax replaces rows "
+                "of embed_tokens alone; merge the adapter with PEFT first"
+            )
+        (value,) = value.values()
+    rows = value or []
+    if not isinstance(rows, list) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in rows):
+        raise LoraxError(f"{path}: trainable_token_indices is {_cut(value)}, not a list of token ids")
+    if len(set(rows)) != len(rows):
+        raise LoraxError(f"{path}: trainable_token_indices has a token twice; the adapter is damaged")
+    return tuple(rows)
 
 
 def _checked_pattern(path: Path, value: Any) -> dict[str, float]:

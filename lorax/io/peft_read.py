@@ -27,6 +27,7 @@ from lorax.variants.dora import Dora, column_norms
 from lorax.weights import Axes, Concat, Full, LowRank, dense, is_structured
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROWS = f"{PREFIX}{TABLE}.token_adapter.trainable_tokens_delta"
 INDEX, PICKLED = "adapter_model.safetensors.index.json", "adapter_model.bin"
 
 
@@ -90,6 +91,9 @@ def _entries(
     """The changed weights by the tensors' names alone, for an adapter that PEFT wrote."""
     out: dict[str, Entry] = {}
     for name in tensors:
+        if name == ROWS:
+            out["embed/embedding"] = _rows_entry(settings, tensors[name], plain)
+            continue
         module, param, low_rank = _parse(folder, name)
         if _is_tied_copy(name, tensors, plain):
             continue
@@ -113,8 +117,24 @@ def _entries(
             out[slot.path] = Entry("low-rank", shape, Axes(stack, (ndim - 2,), (ndim - 1,)), dora=settings.dora)
         elif _is_whole(settings, module, param):
             out.setdefault(slot.path, Entry("full", shape, Axes(stack, (), tuple(range(len(stack), len(shape))))))
+    if settings.tokens and ROWS not in tensors:
+        raise LoraxError(f"{folder}: lacks {ROWS!r}, the rows of trainable_token_indices; save it again")
     _check_meaning(settings, out, plain)
     return out
+
+
+def _rows_entry(settings: Settings, rows: StoredTensor, plain: dict[str, Any]) -> Entry:
+    """The embedding, of which some rows are replaced: a whole weight from here on."""
+    table = plain.get("embed/embedding")
+    if table is None:
+        raise LoraxError(f"{settings.path}: replaces rows of embed_tokens, and this base has none")
+    shape, tokens = tuple(table.shape), settings.tokens
+    if rows.shape != (len(tokens), shape[1]) or (tokens and max(tokens) >= shape[0]):
+        raise LoraxError(
+            f"{settings.path}: the adapter is for another base: it replaces {len(tokens)} rows of an embedding by "
+            f"{list(rows.shape)} numbers, and embed/embedding has shape {list(shape)} here"
+        )
+    return Entry("full", shape, Axes((), (), (0, 1)))
 
 
 def _parse(folder: Path, name: str) -> tuple[str, str, bool]:
@@ -152,7 +172,8 @@ def _check_meaning(settings: Settings, entries: dict[str, Entry], plain: dict[st
     """What the same tensors would mean differently here."""
     if not entries:
         raise LoraxError(f"{settings.path}: the adapter changes nothing; its weights file has no factors")
-    if "embed/embedding" in entries and "lm_head/kernel" not in plain and not settings.tied:
+    shared = "embed/embedding" in entries and "lm_head/kernel" not in plain
+    if shared and not settings.tied and not settings.tokens:  # PEFT replaces rows in both places by itself
         raise LoraxError(
             f"{settings.path}: changes embed_tokens but not the head, which this base shares with it; "
             "that is another model (ensure_weight_tying is off): merge the adapter with PEFT first"
@@ -179,6 +200,13 @@ class _Reader:
                 raise LoraxError(f"{self.file.parent}: {CONFIG} and {peft_meta.FILE} disagree about DoRA at {path}")
             leaf = self._low_rank(path, slot, entry)
             return Dora(leaf, jnp.asarray(self._magnitudes(path, entry))) if entry.dora else leaf
+        if entry.kind == "full" and path == "embed/embedding" and ROWS in self.tensors:
+            # What is not replaced is the base's own, so the whole table stands for it.
+            if isinstance(jax.tree.leaves(self.plain[path])[0], jax.ShapeDtypeStruct):
+                raise LoraxError(f"{self.file}: replaces rows of {path}, which is abstract here; load the base first")
+            table = jnp.asarray(dense(self.plain[path]))
+            rows = jnp.asarray(self._array(ROWS)).astype(table.dtype)
+            return Full(table.at[jnp.asarray(self.settings.tokens, jnp.int32)].set(rows))
         if entry.kind == "full":
             return Full(jnp.asarray(self._whole(path, slot, entry, 0, entry.shape[0] if entry.axes.stack else 1)))
         parts, at = [], 0

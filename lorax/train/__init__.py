@@ -1,7 +1,7 @@
 """Training: small pure pieces, and the run that puts them together.
 
-The pieces are meant to be copied: `cross_entropy` (loss), `make_step` (one step), `learning_rate` (schedule),
-`fit` (the loop), `evaluate`, `Checkpoints`. `run` is `lorax train` as a function.
+The pieces are meant to be copied: `cross_entropy` and `preference_loss` (losses), `make_step` (one step),
+`learning_rate` (schedule), `fit` (the loop), `evaluate`, `Checkpoints`. `run` is `lorax train` as a function.
 
 Names are resolved on first use, so that the command line can read `lorax.train.config` without importing JAX.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorax.train.loss import cross_entropy, score
     from lorax.train.methods import adapted
     from lorax.train.objective import language_model_loss, make_optimizer
+    from lorax.train.preference import preference_loss
     from lorax.train.receipts import coverage
     from lorax.train.runner import run
     from lorax.train.schedule import learning_rate
@@ -40,6 +41,7 @@ _HOME = {
     "make_optimizer": "objective",
     "make_scorer": "evaluation",
     "make_step": "step",
+    "preference_loss": "preference",
     "run": "runner",
     "score": "loss",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "make_optimizer",
     "make_scorer",
     "make_step",
+    "preference_loss",
     "run",
     "score",
 ]

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 import lorax
 from lorax.errors import LoraxError
 from lorax.io.peft import load_adapter, save_adapter
-from lorax.models import load
+from lorax.models import load, save_hf, with_labels
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -103,6 +109,8 @@ THEIRS = {
     "some layers": {"r": 2, "target_modules": ["k_proj"], "layers_to_transform": [0, 2]},
     "whole modules": {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["input_layernorm"]},
     "biases": {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
+    # PEFT replaces the same rows of a tied head.
+    "rows of the embedding": {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 36]},
 }
 
 
@@ -144,3 +152,44 @@ def test_what_lorax_does_not_have_is_refused(settings, base, tmp_path):
     _, saved = peft_adapter(base, tmp_path, r=2, target_modules=["q_proj"], **settings)
     with pytest.raises(LoraxError, match=next(iter(settings))):
         load_adapter(saved, load(str(base[0])).params)
+
+
+def scores(model, ids):
+    """transformers' scores of each row, at its last token."""
+    with torch.no_grad():
+        return model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy()
+
+
+@pytest.mark.parametrize("outputs", [1, 3], ids=["number", "labels"])
+def test_a_classifier_is_transformers_in_both_directions(outputs, base, tmp_path):
+    folder, _ = base
+    names = ["value"] if outputs == 1 else ["few", "many", "none"]
+    model = with_labels(load(str(folder)), names, jax.random.key(3), regression=outputs == 1)
+    save_hf(tmp_path / "ours", model, model.params)
+    peer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", pad_token_id=0).eval()
+    want = np.asarray(model.apply(model.params, jnp.asarray(IDS)))[:, -1]
+    np.testing.assert_allclose(scores(peer, IDS), want, atol=1e-4, rtol=1e-4)
+    assert [peer.config.id2label[i] for i in range(outputs)] == names
+    torch.manual_seed(0)
+    config = Qwen2Config.from_pretrained(folder, num_labels=outputs, pad_token_id=0)
+    other = Qwen2ForSequenceClassification(config).eval()
+    other.save_pretrained(tmp_path / "theirs")
+    back = load(str(tmp_path / "theirs"))
+    assert (len(back.config.labels), back.config.regression) == (outputs, outputs == 1)
+    got = np.asarray(back.apply(back.params, jnp.asarray(IDS)))[:, -1]
+    np.testing.assert_allclose(got, scores(other, IDS), atol=1e-4, rtol=1e-4)
+
+
+def test_factors_and_a_head_over_labels_load_in_peft(base, tmp_path):
+    folder, _ = base
+    model = with_labels(load(str(folder)), ("a", "b", "c"), jax.random.key(3))
+    spec = lorax.LoraSpec(targets="*/q_proj/kernel", rank=2, train_also="score/*")
+    params = moved(lorax.adapt(jax.random.key(0), model.params, spec))
+    save_adapter(tmp_path / "a", params, base_name=str(folder), labels=model.config.labels)
+    peer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    peft = PeftModel.from_pretrained(peer, tmp_path / "a").eval()
+    np.testing.assert_allclose(scores(peft, IDS), ours(model, params)[:, -1], atol=1e-4, rtol=1e-4)
+    # And from PEFT's own files, without our notes.
+    peft.save_pretrained(tmp_path / "theirs")
+    back = load_adapter(tmp_path / "theirs", model.params)
+    np.testing.assert_allclose(ours(model, back)[:, -1], ours(model, params)[:, -1], atol=1e-4, rtol=1e-4)
