@@ -341,7 +341,9 @@ class AdapterStore:
         if self._host_used <= self._host_bytes:
             return
         for other in sorted(self._host, key=lambda a: a.refs > 0):
-            if other is not adapter and self._host_used > self._host_bytes:
+            # One that was replaced may no longer be on the disk: it stays for those who have asked for it.
+            last = other.refs > 0 and self._names.get(other.name) is not other
+            if other is not adapter and not last and self._host_used > self._host_bytes:
                 self._drop_host(other)
                 self.evictions_host += 1
 
