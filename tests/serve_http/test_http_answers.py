@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 
 import openai
 import pytest
 from fake_engine import Characters, FakeEngine, written
 from http_site import put_adapter, served, until
+
+
+@pytest.mark.parametrize("name", ["errors", "keys", "folders", "fields", "gate"])
+def test_examples_in_docstrings_run(name):
+    found = doctest.testmod(importlib.import_module(f"lorax.serve.http.{name}"))
+    assert found.attempted
+    assert not found.failed
 
 
 def client(site, key="none"):

@@ -254,8 +254,10 @@ def test_adapters_come_from_allowed_folders_alone(server, root, tmp_path):
     for name in ("tiny", "", "a b", "x" * 200, "../up", "ä"):
         error(load("good", name), 400, "lora_name")
     assert load("good").status_code == load(str(inside), "twice").status_code == 200
-    # Nor does the scan at the start follow them.
+    # Nor does a start follow them, or open a pickle.
     assert "link" not in Folders([root]).scan()
+    with served(root) as again:
+        assert sorted(a.name for a in again.engine.adapters()) == ["good", "legal", "medical"]
 
 
 def test_too_many_at_once_are_told_when_to_come_back(root, tmp_path):

@@ -51,8 +51,8 @@ async def load(request: Request) -> Response:
     if not NAME.fullmatch(name) or name == site.settings.base:
         raise invalid("lora_name", "must be 1 to 128 letters, digits and ._:/+- that are not the base's name")
     site.check_ready()
-    folder = await asyncio.to_thread(site.folders.resolve, path)
     try:
+        folder = await asyncio.to_thread(site.folders.resolve, path)
         info = await asyncio.to_thread(site.engine.load, name, folder, replace)
     except serve.ServeError as error:
         raise refusal(error) from None

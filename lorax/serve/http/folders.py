@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorax.serve.http.errors import ApiError
 
-CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "lorax.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
@@ -69,11 +69,11 @@ class Folders:
         return found
 
     def _files(self, folder: Path, text: str) -> None:
-        """Every file that would be read lies inside, its links followed too."""
-        for name in (CONFIG, WEIGHTS, NOTES):
-            real = _real(folder / name)
+        """Every file that could be read lies inside, its links followed too."""
+        for file in folder.iterdir():
+            real = _real(file)
             if real is None or not self._allowed(real):
-                message = f"lora_path: {text!r}: {name} is a link to outside the allowed folders"
+                message = f"lora_path: {text!r}: {file.name} is a link to outside the allowed folders"
                 raise ApiError(403, message, "path_not_allowed", "lora_path")
         if not (folder / WEIGHTS).is_file():
             raise self._nothing(folder, text)

@@ -22,6 +22,7 @@ import uvicorn
 from lorax import serve
 from lorax.errors import LoraxError
 from lorax.serve.http.app import create_app
+from lorax.serve.http.errors import ApiError
 from lorax.serve.http.logs import log
 from lorax.serve.http.protocol import protocol
 from lorax.serve.http.site import Site
@@ -140,9 +141,9 @@ def register(site: Site) -> None:
         if name in known or name == site.settings.base:
             continue
         try:
-            info = site.engine.load(name, folder)
+            info = site.engine.load(name, site.folders.resolve(str(folder)))
             log("adapter_loaded", level=logging.DEBUG, adapter=name, rank=info.rank)
-        except (serve.ServeError, OSError) as error:
+        except (ApiError, serve.ServeError, OSError) as error:
             log("adapter_refused", level=logging.WARNING, adapter=name, error=" ".join(str(error).split()))
 
 

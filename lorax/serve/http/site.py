@@ -49,7 +49,7 @@ class Site:
         if self.gate.closed:
             return "the server is stopping"
         if self.failed:
-            return f"the engine stopped: {self.trouble or 'the log says why'}"
+            return f"the engine stopped: {self.trouble or self.engine.failure or 'the log says why'}"
         return "the server is starting: programs are compiled, adapters read"
 
     def check_ready(self) -> None:
