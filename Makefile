@@ -13,11 +13,18 @@ PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-locat
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: quickstart test suite test-serve test-peers test-aot lint base clean check-python
+.PHONY: quickstart serve-demo test suite test-serve test-peers test-aot lint base clean check-python
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 64 --batch-size 16 \
 		--rank 16 --lr 1e-3 --schedule linear --warmup 4 --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+# Three adapters over one small model, asked all at once through the server. They are trained the first time.
+$(VENV)/.serving: $(VENV)/.made pyproject.toml
+	$(BIN)/python $(PIP) -e '.[demo,serve]'
+	touch $@
+serve-demo: $(VENV)/.serving
+	$(BIN)/python -m lorax.bench.serve_demo
 
 test: lint suite
 
@@ -36,7 +43,7 @@ base: $(VENV)/.tested
 
 # The server process under load for two minutes, and its page in Chromium, which must be there (apt-get install chromium).
 test-serve: $(VENV)/.tested
-	$(BIN)/python -m pytest tests/serve_http -m serve -q
+	$(BIN)/python -m pytest tests/serve_http tests/test_bench_serve.py -m serve -q
 
 # The wider tier: torch, transformers and PEFT beside lorax. It fails, and does not skip, if they are missing.
 test-peers: $(PEERS)/.installed

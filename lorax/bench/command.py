@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from lorax.bench import kernels, methods, multi, nf4, record, train_step
+from lorax.bench import kernels, methods, multi, nf4, record, serve, train_step
 from lorax.bench.kernels import KernelsConfig
 from lorax.bench.methods import MethodsConfig
 from lorax.bench.multi import MultiConfig
 from lorax.bench.nf4 import Nf4Config
+from lorax.bench.serve import ServeConfig
 from lorax.bench.train_step import BenchConfig
+from lorax.errors import LoraxError
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,17 @@ class Args:
     multi: many adapters in one batch, forward and training, against the base alone and PEFT.
     kernels: every operation of lorax_kernels, implementation and shape; what is for other chips, as it was compiled.
     methods: the steps of head, last-2, LoRA and DoRA against full fine-tuning's, and what an analysis takes.
+    serve: the server's engine with up to 2,000 adapters, against the base alone, merging, and PEFT.
 
     Example: lorax bench train --peer-python .venv-peers/bin/python --out bench.json
     """
 
-    what: tyro.conf.Positional[Literal["train", "nf4", "multi", "kernels", "methods"]]
+    what: tyro.conf.Positional[Literal["train", "nf4", "multi", "kernels", "methods", "serve"]]
     """What to measure."""
     config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    serve_parts: tuple[Literal["together", "cold", "stream", "arrive"], ...] = serve.PARTS
+    """serve: what to measure. A result in --out keeps the parts that this run leaves out."""
     out: str | None = None
     """Write the result as JSON here."""
     json: bool = False
@@ -41,12 +48,13 @@ class Args:
     def run(self, words: Sequence[str]) -> None:
         from lorax.cli.output import print_json, print_table
 
-        runs = {
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
             "train": lambda: train_step.run(self.config),
             "nf4": lambda: nf4.run(self._nf4()),
             "multi": lambda: multi.run(self._multi()),
             "kernels": lambda: kernels.run(self.kernels),
             "methods": lambda: methods.run(self._methods()),
+            "serve": lambda: self._with_older(serve.run(self._serve())),
         }
         result = runs[self.what]()
         if self.out is not None:
@@ -79,6 +87,22 @@ class Args:
         c, d = self.config, BenchConfig()
         names = ("batch_size", "seq_len", "rounds", "base", "threads", "peer_python", "seed")
         return MultiConfig(**{name: getattr(c, name) for name in names if getattr(c, name) != getattr(d, name)})
+
+    def _serve(self) -> ServeConfig:
+        """Likewise: a batch's size is the full batch's, a length that of its answers."""
+        c, d = self.config, BenchConfig()
+        names = {"batch_size": "batch", "seq_len": "answer"}
+        names |= {name: name for name in ("rounds", "base", "threads", "peer_python", "seed")}
+        own = {new: getattr(c, old) for old, new in names.items() if getattr(c, old) != getattr(d, old)}
+        return ServeConfig(parts=self.serve_parts, **own)
+
+    def _with_older(self, result: dict[str, Any]) -> dict[str, Any]:
+        if self.out is None or set(self.serve_parts) == set(serve.PARTS) or not Path(self.out).is_file():
+            return result
+        try:
+            return serve.merged(json.loads(Path(self.out).read_text(encoding="utf-8")), result)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LoraxError(f"{self.out}: is no result of bench serve that could be kept ({error})") from None
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
