@@ -23,11 +23,15 @@ SHAPES = [
     ModelConfig("qwen3", num_kv_heads=2, qk_norm=True, tie_embeddings=True, **PLAIN),
     ModelConfig("llama", num_kv_heads=2, attention_bias=True, output_bias=True, **PLAIN),
 ]
+# Heads and MLP for eight devices, with biases on both sides of the sums over them.
+EIGHT = ModelConfig(
+    "llama", num_kv_heads=8, attention_bias=True, output_bias=True, **{**PLAIN, "num_heads": 8, "head_dim": 2}
+)
 # Tokens of each row, read in chunks of these sizes; what a chunk has too much is padding.
 LENGTHS, CHUNKS = (9, 1, 4), (4, 4, 1)
 
 
-@pytest.mark.parametrize(("shape", "shards"), [(shape, 1) for shape in SHAPES] + [(SHAPES[3], 2)])
+@pytest.mark.parametrize(("shape", "shards"), [*((shape, 1) for shape in SHAPES), (EIGHT, 8)])
 def test_chunks_over_pages_give_the_logits_of_the_whole(shape, shards):
     model = Model.init(shape, jax.random.key(0))
     draw = np.random.default_rng(0)
