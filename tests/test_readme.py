@@ -65,3 +65,11 @@ def test_the_tables_of_figures_admit_every_bar_that_was_missed():
         missed += [f"{name}: {key}" for key, figure in figures.items() if figure["met"] is False]
     assert missed
     assert table.count("**missed**") == len(missed), f"the records say that these were missed: {missed}"
+
+
+def test_the_table_of_serving_admits_every_bar_that_was_missed():
+    file = Path(__file__).parents[1] / "lorax" / "bench" / "results" / "serve.json"
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    section = README[README.index("\n## Serving") : README.index("\n## Will it fit?")]
+    missed = [name for name, figure in figures.items() if figure["met"] is False]
+    assert section.count("**missed**") == len(missed), f"the record says that these were missed: {missed}"

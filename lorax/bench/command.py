@@ -40,6 +40,10 @@ class Args:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     serve_parts: tuple[Literal["together", "cold", "stream", "arrive"], ...] = serve.PARTS
     """serve: what to measure. A result in --out keeps the parts that this run leaves out."""
+    serve_counts: tuple[int, ...] = ServeConfig.counts
+    """serve: registered adapters of the streams."""
+    serve_requests: int = ServeConfig.requests
+    """serve: requests of a stream."""
     out: str | None = None
     """Write the result as JSON here."""
     json: bool = False
@@ -94,7 +98,7 @@ class Args:
         names = {"batch_size": "batch", "seq_len": "answer"}
         names |= {name: name for name in ("rounds", "base", "threads", "peer_python", "seed")}
         own = {new: getattr(c, old) for old, new in names.items() if getattr(c, old) != getattr(d, old)}
-        return ServeConfig(parts=self.serve_parts, **own)
+        return ServeConfig(parts=self.serve_parts, counts=self.serve_counts, requests=self.serve_requests, **own)
 
     def _with_older(self, result: dict[str, Any]) -> dict[str, Any]:
         if self.out is None or set(self.serve_parts) == set(serve.PARTS) or not Path(self.out).is_file():
