@@ -31,6 +31,7 @@ class Side:
         self.model: Any = None
         self.config: Any = None
         self.programs: dict[str, Callable[[], Any]] = {}
+        self.data: dict[tuple[str, str], Any] = {}
 
     def load(self, base: str, task: str, threads: int, batch: int, rank: int, seed: int) -> dict[str, Any]:
         """Read the base; settle what all the runs have in common."""
@@ -58,7 +59,11 @@ class Side:
         from lorax.train.step import init_state, make_step
 
         config = replace(self.config, **STEPS[what])
-        data, model = prepare(config, self.model.tokenizer, lambda line: None), self.model
+        kind, model = (config.head, config.loss), self.model
+        if kind not in self.data:
+            # Reading a task takes as long as compiling a step, and most steps read the same.
+            self.data[kind] = prepare(config, model.tokenizer, lambda line: None)
+        data = self.data[kind]
         if data.labels:
             model = with_labels(model, data.labels, jax.random.key(0))
         own, params = adapted(model, config)
