@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from lorax.errors import LoraxError
 from lorax.weights import Axes, Structured, register
+from lorax_kernels.placement import Placement
 
 # Longest name of an adapter, in bytes of UTF-8.
 NAME_BYTES = 64
@@ -35,6 +36,8 @@ class Bank(Structured):
         structure would be part of every compiled program's key.
     axes: the role of each axis of the base.
     max_rank: a bound on the ranks, static.
+    placement: how a bank on a mesh lies, noted by `lorax.sharding.shard`: its `core` has the mesh axes of A's features
+        and of B's. None on one device.
 
     `lorax.stack` makes it; `lorax.select` says which adapter an example is for.
     """
@@ -48,9 +51,10 @@ class Bank(Structured):
     names: UInt8[Array, "slots bytes"]
     axes: Axes
     max_rank: int
+    placement: Placement | None = None
 
     TRAINS: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    META: ClassVar[frozenset[str]] = frozenset({"axes", "max_rank"})
+    META: ClassVar[frozenset[str]] = frozenset({"axes", "max_rank", "placement"})
 
     @property
     def slots(self) -> int:

@@ -25,8 +25,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lorax.bank import Selected
+from lorax.lift import fetched
 from lorax.lift.values import Unsupported, Value, densify
 from lorax_kernels.multi_lora import Segments, grouped
+from lorax_kernels.placement import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +57,7 @@ class Banked(Value):
     a, b, at, whole: see the module; `at` is int32 `(*stack)`, the layer's number in `whole`.
     stack, inputs, outputs: the weight's axes that are a's and b's leading ones, a's features and b's, each in the
         order in which they are stored. Axes of size one may be in none.
+    placement: as in `Bank`; on a mesh the rows in use are fetched from `a` and `b`, see `fetched`.
     """
 
     base: Any
@@ -67,6 +70,7 @@ class Banked(Value):
     outputs: tuple[int, ...]
     max_rank: int
     path: str
+    placement: Placement | None = None
 
     @classmethod
     def open(cls, leaf: Selected, base: Any, path: str) -> Banked:
@@ -77,7 +81,7 @@ class Banked(Value):
         scale = bank.scale.reshape(-1, bank.slots)
         whole = Whole(*_whole(a, b), scale, bank.start, bank.rank, leaf.ids, leaf.weights)
         at = jnp.arange(math.prod(layers), dtype=jnp.int32).reshape(layers)
-        return cls(base, a, b, at, whole, axes.stack, axes.inputs, axes.outputs, bank.max_rank, path)
+        return cls(base, a, b, at, whole, axes.stack, axes.inputs, axes.outputs, bank.max_rank, path, bank.placement)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,7 +102,8 @@ class Banked(Value):
         return replace(self, base=base, stack=stack[1:], inputs=inputs, outputs=outputs)
 
     def before_shards(self) -> Banked:
-        return replace(self, base=self.base.before_shards()) if isinstance(self.base, Value) else self
+        base = self.base.before_shards() if isinstance(self.base, Value) else self.base
+        return replace(self, base=base, placement=None)  # inside, a device has its own part and no other
 
     def specs(self, spec: PartitionSpec) -> Any:
         """Factors are split along the weight's mesh axes, the total rank never; who is who is on every device."""
@@ -175,7 +180,7 @@ class Banked(Value):
 
         x, y: `(*stack, *rows, features)`: stacked axes in front, features of each factor merged.
         """
-        step = functools.partial(_one_layer, self.max_rank, first, precision)
+        step = functools.partial(_one_layer, self.max_rank, first, precision, self.placement)
         for _ in self.stack:
             step = jax.vmap(step, (0, 0, 0, 0, 0, None))
         return step(y, x, self.a, self.b, self.at, self.whole)
@@ -184,7 +189,7 @@ class Banked(Value):
 jax.tree_util.register_dataclass(
     Banked,
     data_fields=["base", "a", "b", "at", "whole"],
-    meta_fields=["stack", "inputs", "outputs", "max_rank", "path"],
+    meta_fields=["stack", "inputs", "outputs", "max_rank", "path", "placement"],
 )
 
 
@@ -194,7 +199,16 @@ def _whole(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _one_layer(
-    max_rank: int, first: str, precision: Any, y: jax.Array, x: jax.Array, a: Any, b: Any, at: Any, whole: Whole
+    max_rank: int,
+    first: str,
+    precision: Any,
+    place: Placement | None,
+    y: jax.Array,
+    x: jax.Array,
+    a: Any,
+    b: Any,
+    at: Any,
+    whole: Whole,
 ) -> jax.Array:
     """One layer's change, adapter after adapter where an example has several."""
     lead = whole.ids.shape[:-1]
@@ -217,7 +231,12 @@ def _one_layer(
         rank = jnp.where(inside, whole.rank[safe], 0)
         start = whole.start[safe]
         weight = jnp.where(inside, scales[safe] * weights.astype(scales.dtype), 0)
-        out = _product((max_rank, first, precision), out, rows, a, b, *flat, start, at * total, rank, weight)
+        if place is None:
+            out = _product((max_rank, first, precision), out, rows, a, b, *flat, start, at * total, rank, weight)
+        else:
+            turn = 1 if first == "a" else -1
+            factors, names = (a, b)[::turn], place.core[::turn]
+            out = fetched.product(place, max_rank, precision, out, rows, *factors, start, rank, weight, names)
     return out.reshape(y.shape)
 
 

@@ -219,36 +219,3 @@ def _write(
         rank.at[slot].set(new_rank),
         names.at[slot].set(name),
     )
-
-
-def compact_bank(params: Any) -> Any:
-    """The tree with every bank's adapters moved together, in order, so that the free rows are one piece at the end.
-
-    Optimizer state that follows the rows has to be made anew for a bank that was moved.
-
-    Raises:
-        LoraxError: no bank in the tree, or inside a trace.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, lorax
-        >>> adapted = lorax.adapt(jax.random.key(0), {"w": jnp.ones((9, 7))}, lorax.LoraSpec(targets="w", rank=2))
-        >>> bank = lorax.stack({"one": adapted, "two": adapted})
-        >>> lorax.compact_bank(lorax.remove_adapter(bank, "one"))["w"].start.tolist()
-        [0, 0]
-    """
-    found = banks(params, "compact_bank")
-    slot_names(params, "compact_bank")
-    return map_named(lambda path, leaf: _compacted(leaf) if path in found else leaf, params)
-
-
-def _compacted(bank: Bank) -> Bank:
-    start, rank = np.asarray(bank.start), np.asarray(bank.rank)
-    order, new, at = np.full(bank.total, bank.total), start.copy(), 0
-    for i in np.lexsort((start, rank == 0)).tolist():
-        size, first = int(rank[i]), int(start[i])
-        if size:
-            order[at : at + size] = np.arange(first, first + size)
-            new[i], at = at, at + size
-    s = len(bank.axes.stack)
-    take = functools.partial(jnp.take, indices=jnp.asarray(order), axis=s, mode="fill", fill_value=0)
-    return replace(bank, A=take(bank.A), B=take(bank.B), start=jnp.asarray(new, jnp.int32))

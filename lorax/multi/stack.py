@@ -13,7 +13,7 @@ from lorax.bank import NAME_BYTES, Bank
 from lorax.errors import LoraxError
 from lorax.multi.names import banks, encode, slot_of
 from lorax.tree import map_named, named_leaves, pick
-from lorax.weights import LowRank, is_structured, wider
+from lorax.weights import Change, Concat, Full, LowRank, is_structured, wider
 
 
 def stack(
@@ -27,6 +27,7 @@ def stack(
 
     The factors lie one after the other along one axis, so that a weight's bank takes sum(rank_i) (in + out) numbers.
     Put it over a base with `attach(base, bank)`; `select` says which adapter acts. An adapter's dropout stays behind.
+    LoRA-FA and VeRA adapters go in as the low-rank change that they equal, all of which trains from then on.
 
     Args:
         adapters: adapted trees or adapters (`extract`, `load_adapter`) by name; a sequence has the names "0", "1", ...
@@ -40,8 +41,8 @@ def stack(
         An adapter tree with a `Bank` wherever an adapter changes a weight.
 
     Raises:
-        LoraxError: nothing to stack, an adapter with anything but low-rank changes, adapters for different bases, or no
-            room; names the weight.
+        LoraxError: nothing to stack, an adapter with a change that equals no low-rank one (DoRA, whole weights),
+            adapters for different bases, or no room; names the weight.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax
@@ -70,22 +71,32 @@ def stack(
 
 
 def low_rank_leaves(name: str, adapter: Any) -> dict[str, LowRank]:
-    """An adapter's changes by path, all of them low-rank.
+    """An adapter's changes by path, all of them as low-rank changes: those of LoRA-FA and VeRA as what they equal.
 
     Raises:
-        LoraxError: another kind of change, or none.
+        LoraxError: a change that equals no low-rank one, or none at all.
     """
     changes = {path: leaf for path, leaf in named_leaves(adapter) if is_structured(leaf)}
-    found = {path: leaf for path, leaf in changes.items() if type(leaf) is LowRank}
+    plain = {path: leaf.low_rank() if isinstance(leaf, Change) else None for path, leaf in changes.items()}
+    found = {path: leaf for path, leaf in plain.items() if leaf is not None}
     for path, leaf in changes.items():
         if path not in found and _trains(leaf):
-            raise LoraxError(
-                f"adapter {name!r}: {path} is a {type(leaf).__name__}, and a bank holds low-rank changes only; "
-                "merge it, or train the adapter without it"
-            )
+            raise LoraxError(f"adapter {name!r}: {path} {_why_not(leaf)}; merge this adapter, or train it without that")
     if not found:
         raise LoraxError(f"adapter {name!r}: changes no weight; pass an adapted tree, or what lorax.extract gives")
     return found
+
+
+def _why_not(leaf: Any) -> str:
+    """Why a leaf cannot go into a bank."""
+    kind = leaf.KIND if isinstance(leaf, Change) else ""
+    if kind == "dora":
+        return (
+            "is a DoRA change, which scales the base's own columns as well, and a bank adds low-rank changes to a base"
+        )
+    if isinstance(leaf, (Full, Concat)):
+        return "was trained as a whole (train_also, or full fine-tuning), and a bank adds low-rank changes to a base"
+    return f"is a {kind or type(leaf).__name__}, and a bank holds low-rank changes only"
 
 
 def _trains(leaf: Any) -> bool:

@@ -83,20 +83,20 @@ def bank_optimizer(
     for path, leaf in named_leaves(params):
         if not isinstance(leaf, Bank) and jax.tree.leaves(pick(leaf, True)):
             raise LoraxError(f"bank_optimizer: {path} trains and is in no bank, so it has no adapter's learning rate")
-    names = slot_names(params, "bank_optimizer")
+    names, slots = _names(params, (learning_rate, clip, *settings.values()))
     every = {key: _per_slot(key, value, names) for key, value in {"learning_rate": learning_rate, **settings}.items()}
     limits = None if clip is None else _per_slot("clip", clip, names)
 
     def init(params: Any) -> BankState:
         found = banks(params, "bank_optimizer")
         rows = {path: {f: _fresh(make, every, _rows(leaf, f)) for f in FACTORS} for path, leaf in found.items()}
-        return BankState(jnp.zeros(len(names), jnp.int32), rows)
+        return BankState(jnp.zeros(slots, jnp.int32), rows)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         ids = extra.get("ids")
         if params is None or ids is None:
             raise LoraxError("bank_optimizer: update(gradients, state, params, ids=ids) needs the tree and the ids")
-        found, active = banks(params, "bank_optimizer"), used(ids, len(names))
+        found, active = banks(params, "bank_optimizer"), used(ids, slots)
         owners = {path: owner(leaf) for path, leaf in found.items()}
         gradients = {path: leaf for path, leaf in named_leaves(updates) if path in found}
         # Optax mixes Python numbers and integer counts; a session with strict promotion should still run it.
@@ -130,6 +130,14 @@ def owner(bank: Bank) -> Int[Array, "total"]:
     slot = order[jnp.maximum(last, 0)].astype(jnp.int32)
     mine = (last >= 0) & (row < bank.start[slot] + bank.rank[slot])
     return jnp.where(mine, slot, -1)
+
+
+def _names(params: Any, settings: Sequence[Setting]) -> tuple[list[str | None], int]:
+    """The name of each slot, and how many there are. Nobody's name is asked for where no setting is by name, so that an
+    abstract tree, which has shapes alone, will do."""
+    slots = next(iter(banks(params, "bank_optimizer").values())).slots
+    by_name = any(isinstance(value, Mapping) for value in settings)
+    return (slot_names(params, "bank_optimizer") if by_name else [None] * slots), slots
 
 
 def _per_slot(key: str, value: Setting, names: Sequence[str | None]) -> Callable[[Any], Float[Array, "slots"]]:
@@ -239,7 +247,9 @@ def reset_adapter(state: BankState, params: Any, which: str | int, tx: optax.Gra
     return BankState(state.count.at[slot].set(0), rows)
 
 
-def bank_step(loss: Callable[..., Any], tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+def bank_step(
+    loss: Callable[..., Any], tx: optax.GradientTransformationExtraArgs, over: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """A training step for a mixed batch: one pass, one loss for each adapter.
 
     The loss of adapter i is the mean over its own examples, as in a run of its own; the sum over the adapters is
@@ -249,6 +259,7 @@ def bank_step(loss: Callable[..., Any], tx: optax.GradientTransformationExtraArg
         loss: `loss(params, *example)` for one example with one adapter's parameters, through `lift`: a number, or
             (sum, count) where examples weigh differently (tokens); the mean is then sum of sums over sum of counts.
         tx: what `bank_optimizer` makes.
+        over: on a mesh, the axes that split the examples (`lorax.sharding.batch_axes`).
 
     Returns:
         `step(params, state, ids, *batch) -> (params, state, losses)`: ids `(examples,)`, every array of the batch with
@@ -274,7 +285,8 @@ def bank_step(loss: Callable[..., Any], tx: optax.GradientTransformationExtraArg
 
         def total(trained: Any) -> tuple[jax.Array, jax.Array]:
             whole = join(trained, frozen)
-            out = jax.vmap(lambda id, *example: loss(select(whole, id), *example))(ids, *batch)
+            one = lambda id, *example: loss(select(whole, id), *example)  # noqa: E731
+            out = jax.vmap(one, spmd_axis_name=None if over is None else tuple(over))(ids, *batch)
             sums, counts = out if isinstance(out, tuple) else (out, jnp.ones(out.shape, out.dtype))
             means, some = per_adapter(sums, counts, ids, slots)
             return jnp.sum(means), jnp.where(some, means, jnp.nan)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from lorax.errors import LoraxError
-from lorax.sharding.rules import BATCH
+from lorax.sharding.mesh import mesh_sizes
 
 GIB = 1 << 30
 
@@ -88,14 +88,8 @@ def parse_target(text: str) -> Target:
     return Target(chip, tuple(map(int, topology.split("x"))))
 
 
-AXES = (*BATCH, "model")
-
-
 def parse_mesh(text: str | None, target: Target, batch: int) -> dict[str, int]:
-    """Mesh axis -> size, from `data=4,model=4`.
-
-    `replica` splits the batch and keeps whole copies of the weights, `data` (or `fsdp`) splits batch and weights, and
-    `model` is tensor parallel. Without a text, as many chips as the batch has rows are `data` and the rest `model`.
+    """Mesh axis -> size over a target's chips, from `data=4,model=4`; see `lorax.sharding.mesh_sizes`.
 
     Raises:
         LoraxError: a malformed text, an axis that does not exist, or sizes that do not fit the chips or the batch.
@@ -104,24 +98,4 @@ def parse_mesh(text: str | None, target: Target, batch: int) -> dict[str, int]:
         >>> parse_mesh(None, parse_target("v5e:4x4"), batch=8)
         {'data': 8, 'model': 2}
     """
-    if text is None:
-        data = math.gcd(target.chips, batch)
-        return {"data": data, "model": target.chips // data}
-    mesh: dict[str, int] = {}
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)=([1-9]\d{0,5})\s*", part)
-        if found is None or found[1] in mesh or found[1] not in AXES:
-            raise LoraxError(
-                f"--mesh {text}: {part.strip()!r} is no axis; write sizes of {', '.join(AXES)}, each once, such as "
-                f"data={target.chips},model=1"
-            )
-        mesh[found[1]] = int(found[2])
-    if math.prod(mesh.values()) != target.chips:
-        raise LoraxError(
-            f"--mesh {text}: is {math.prod(mesh.values())} chips and {target} has {target.chips}; "
-            "the sizes multiplied must give the chips"
-        )
-    rows = math.prod(size for name, size in mesh.items() if name in BATCH)
-    if batch % rows:
-        raise LoraxError(f"--mesh {text}: splits the batch into {rows} parts and it has {batch} rows; --batch {rows}?")
-    return mesh
+    return mesh_sizes(text, target.chips, batch, str(target))

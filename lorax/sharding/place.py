@@ -1,6 +1,6 @@
 """From the table to arrays: factors follow their weight's axes, blocks are split whole, moments lie with their weight.
 
-W (in: i, out: o)      A (in: i, rank: -)      B (rank: -, out: o)
+W (in: i, out: o)      factors: see `changes`
 NF4 codes (out: o, in / 2: i), scales (out: o, in / 64: i)      as words for a TPU: codes (in / 8: i, out: o)
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lorax.bank import Bank
 from lorax.quantized import Quantized
+from lorax.sharding.changes import Names, bank_features, change_specs
+from lorax.sharding.put import put as to_devices
 from lorax.sharding.rules import BATCH, ZOO, Rules, axes_of, batch_axes, roles_of
 from lorax.tree import map_named
-from lorax.weights import Concat, Full, LowRank, is_structured
+from lorax.weights import Change, Concat, Full, is_structured
 from lorax_kernels.nf4 import QuantizedArray
 from lorax_kernels.placement import Placement
-
-Names = list[str | None]
 
 # Outputs in a tile of a TPU's kernel.
 _LANES = 128
@@ -74,7 +75,8 @@ def shard(params: Any, mesh: Any, rules: Rules = ZOO, roles: Mapping[str, str | 
     `device_put` alone is enough for plain weights.
 
     Args:
-        params, mesh, rules, roles: as for `specs`. Abstract arrays get a sharding, concrete ones are moved.
+        params, mesh, rules, roles: as for `specs`. Abstract arrays get a sharding, concrete ones are moved. Where the
+            mesh has devices of other processes, all of them call this with the same values.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -88,15 +90,18 @@ def shard(params: Any, mesh: Any, rules: Rules = ZOO, roles: Mapping[str, str | 
     def put(x: Any, spec: PartitionSpec) -> Any:
         place = NamedSharding(mesh, spec)
         abstract = isinstance(x, jax.ShapeDtypeStruct)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if abstract else jax.device_put(x, place)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if abstract else to_devices(x, place)
 
     def note(leaf: Any, spec: Any) -> Any:
+        if isinstance(leaf, Bank):
+            base = note(leaf.base, spec.base)
+            return replace(leaf, base=base, placement=Placement(mesh, rows, bank_features(leaf, spec)))
         if not isinstance(leaf, Quantized) or not leaf.array.is_regular or leaf.array.values_per_code == 1:
             return leaf
         core = tuple(spec.array.scales)[len(leaf.array.stack) :]
         return replace(leaf, array=replace(leaf.array, placement=Placement(mesh, rows, core)))
 
-    whole = lambda x: isinstance(x, Quantized) or _is_spec(x)  # noqa: E731
+    whole = lambda x: isinstance(x, (Quantized, Bank)) or _is_spec(x)  # noqa: E731
     return jax.tree.map(note, jax.tree.map(put, params, places), places, is_leaf=whole)
 
 
@@ -180,35 +185,45 @@ def _walk(params: Any, mesh: Any, rules: Rules, roles: Any, found: dict[str, str
         wanted = axes_of(path, leaf, ndim, rules)
         names: Names = [None] * (ndim - len(wanted))
         names += [None if role is None else players[role] for role in wanted]
-        return _place(path, leaf, [n if sizes.get(n or "", 1) > 1 else None for n in names], sizes, found)
+        split, adapter = (
+            [n if sizes.get(n or "", 1) > 1 else None for n in some] for some in (names, [players["adapter"]])
+        )
+        return _place(path, leaf, split, sizes, adapter[0], found)
 
     return map_named(one, params)
 
 
 def _ndim(leaf: Any) -> int | None:
     """How many axes a weight has; None for one whose arrays are all in the other half of `split`."""
-    if isinstance(leaf, LowRank):
-        return _ndim(leaf.base) if leaf.A is None else len(leaf.axes.order)
-    if isinstance(leaf, Quantized):
-        return None if leaf.array.codes is None else len(leaf.shape)
+    if not jax.tree.leaves(leaf):
+        return None
+    if isinstance(leaf, (Change, Bank)):
+        return len(leaf.axes.order)
     parts = leaf.parts if isinstance(leaf, Concat) else (leaf.value,) if isinstance(leaf, Full) else None
     if parts is None:
-        return None if leaf is None else len(leaf.shape)
+        return len(leaf.shape)
     return next((n for n in map(_ndim, parts) if n is not None), None)
 
 
-def _place(path: str, leaf: Any, names: Names, sizes: dict[str, int], found: dict[str, str]) -> Any:
+def _place(
+    path: str, leaf: Any, names: Names, sizes: dict[str, int], adapter: str | None, found: dict[str, str]
+) -> Any:
     """The leaf with specs in the place of its arrays; `names` has a mesh axis, or None, for each axis of the weight."""
     if _ndim(leaf) is None:
         return leaf
-    if isinstance(leaf, LowRank):
-        return _low_rank(path, leaf, names, sizes, found)
+    if isinstance(leaf, (Change, Bank)):
+
+        def factor(shape: tuple[int, ...], spread: Names) -> PartitionSpec:
+            return PartitionSpec(*_divided(path, shape, spread, [1] * len(spread), sizes, {}))
+
+        base = _place(path, leaf.base, names, sizes, adapter, found)
+        return change_specs(leaf, names, factor, base, adapter)
     if isinstance(leaf, Quantized):
         return _quantized(path, leaf, names, sizes, found)
     if isinstance(leaf, Full):
-        return Full(_place(path, leaf.value, names, sizes, found))
+        return Full(_place(path, leaf.value, names, sizes, adapter, found))
     if isinstance(leaf, Concat):
-        return Concat(tuple(_place(path, part, names, sizes, found) for part in leaf.parts))
+        return Concat(tuple(_place(path, part, names, sizes, adapter, found) for part in leaf.parts))
     if is_structured(leaf):
         raise TypeError(f"{path}: no rule for a {type(leaf).__name__}")
     return PartitionSpec(*_divided(path, tuple(leaf.shape), names, [1] * len(names), sizes, found))
@@ -227,24 +242,6 @@ def _divided(
             name = None
         out.append(name)
     return out
-
-
-def _low_rank(path: str, leaf: LowRank, names: Names, sizes: dict[str, int], found: dict[str, str]) -> LowRank:
-    axes = leaf.axes
-    stack, ins, outs = ([names[axis] for axis in group] for group in (axes.stack, axes.inputs, axes.outputs))
-
-    def factor(array: Any, spread: Names) -> Any:
-        if array is None:
-            return None
-        return PartitionSpec(*_divided(path, tuple(array.shape), spread, [1] * len(spread), sizes, {}))
-
-    return replace(
-        leaf,
-        base=_place(path, leaf.base, names, sizes, found),
-        A=factor(leaf.A, [*stack, *ins, None]),
-        B=factor(leaf.B, [*stack, None, *outs]),
-        scale=None if leaf.scale is None else PartitionSpec(*(stack if leaf.scale.ndim else ())),
-    )
 
 
 def _quantized(path: str, leaf: Quantized, names: Names, sizes: dict[str, int], found: dict[str, str]) -> Any:

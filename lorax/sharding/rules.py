@@ -3,6 +3,7 @@
     fsdp     split to save memory; gathered for the moment of use, one layer at a time
     tensor   split with the arithmetic: nothing of a weight's size moves
     expert   independent weights of a mixture, one group of them a device
+    adapter  rows of a bank of adapters, whatever the rule of its weight: no axis of the table has this role
 
 Roles are given to the last axes of a weight, so the axis of scanned layers in front has none and is never split: every
 device needs every layer. `roles_of` says which axis of a mesh plays a role; a role that no axis plays splits nothing,
@@ -24,7 +25,7 @@ from lorax.paths import Pattern, matches, near_misses, show
 
 Rules = Sequence[tuple[Pattern, tuple[str | None, ...]]]
 
-ROLES = ("fsdp", "tensor", "expert")
+ROLES = ("fsdp", "tensor", "expert", "adapter")
 
 # Column-parallel maps split their outputs, row-parallel ones their inputs: between the two nothing moves, after the
 # second one sum over the devices (Shoeybi et al. 2019, "Megatron-LM").
@@ -45,15 +46,15 @@ ZOO: Rules = (
 BATCH = ("replica", "data", "fsdp")
 
 # Which axes of a mesh play a role, in order of preference.
-_PLAYERS = {"fsdp": ("fsdp", "data"), "tensor": ("model", "tensor"), "expert": ("expert",)}
+_PLAYERS = {"fsdp": ("fsdp", "data"), "tensor": ("model", "tensor"), "expert": ("expert",), "adapter": ("adapter",)}
 
 
 def roles_of(names: Sequence[str], roles: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
     """The mesh axis that plays each role, None where there is none.
 
     Args:
-        names: the mesh's axes. By default `fsdp` (else `data`) plays fsdp, `model` (else `tensor`) plays tensor and
-            `expert` plays expert.
+        names: the mesh's axes. By default `fsdp` (else `data`) plays fsdp, `model` (else `tensor`) plays tensor,
+            `expert` plays expert, and `adapter` (else what plays fsdp) plays adapter.
         roles: role -> mesh axis, or None to leave a role out: `{"fsdp": None}` keeps whole copies on the data axis.
 
     Raises:
@@ -61,7 +62,7 @@ def roles_of(names: Sequence[str], roles: Mapping[str, str | None] | None = None
 
     Example:
         >>> roles_of(("data", "model"))
-        {'fsdp': 'data', 'tensor': 'model', 'expert': None}
+        {'fsdp': 'data', 'tensor': 'model', 'expert': None, 'adapter': 'data'}
     """
     out: dict[str, str | None] = {
         role: next((name for name in players if name in names), None) for role, players in _PLAYERS.items()
@@ -72,6 +73,8 @@ def roles_of(names: Sequence[str], roles: Mapping[str, str | None] | None = None
         if axis is not None and axis not in names:
             raise LoraxError(f"role {role}: the mesh has no axis {axis!r}; its axes are {', '.join(names)}")
         out[role] = axis
+    if out["adapter"] is None and "adapter" not in (roles or {}):
+        out["adapter"] = out["fsdp"]
     return out
 
 

@@ -55,7 +55,10 @@ def test_the_zoo_under_fsdp_tensor_parallelism_and_both():
 def test_roles_may_be_given_and_left_out():
     names = ("data", "model")
     assert roles_of(names, {"fsdp": None})["fsdp"] is None
-    assert roles_of(names, {"fsdp": "model", "tensor": None}) == {"fsdp": "model", "tensor": None, "expert": None}
+    turned = {"fsdp": "model", "tensor": None, "expert": None, "adapter": "model"}
+    assert roles_of(names, {"fsdp": "model", "tensor": None}) == turned
+    assert roles_of(names, {"adapter": None})["adapter"] is None
+    assert roles_of((*names, "adapter"))["adapter"] == "adapter"
     with pytest.raises(LoraxError, match="no axis 'rows'"):
         roles_of(names, {"fsdp": "rows"})
     with pytest.raises(LoraxError, match="role 'fast'"):
@@ -73,6 +76,50 @@ def test_factors_follow_their_weight_and_the_rank_is_whole(platform):
         assert q.base.array.codes == codes
         assert q.base.array.scales == P(None, "model", "data")
         assert q.base.array.scales2 == P(None)
+
+
+@pytest.mark.parametrize("variant", ["dora", "lora-fa", "vera"])
+def test_variants_lie_as_their_weight_does(variant):
+    model = Model.abstract(CONFIG, jnp.bfloat16)
+    spec = lorax.LoraSpec(rank=3, variant=variant)
+    params = lorax.adapt(jax.random.key(0), model.params, spec, fn=model.apply, args=IDS)
+    tree = specs(params, BOTH)["layers"]
+    q, down = tree["attn"]["q_proj"]["kernel"], tree["mlp"]["down_proj"]["kernel"]
+    if variant == "vera":
+        assert (q.A, q.B, q.d, q.b) == (P("data", None), P(None, "model"), P(None, None), P(None, "model"))
+        assert (down.A, down.b) == (P("model", None), P(None, "data"))
+    else:
+        assert (P(None, "data", None), P(None, None, "model")) == (q.A, q.B)
+        assert (P(None, "model", None), P(None, None, "data")) == (down.A, down.B)
+    if variant == "dora":
+        assert (q.magnitude, down.magnitude) == (P(None, "model"), P(None, "data"))
+        assert q.weight.base == P(None, "data", "model")
+    for half in lorax.split(params):
+        assert jax.tree.structure(specs(half, BOTH), is_leaf=is_spec) == jax.tree.structure(half)
+    trainable = lorax.split(params)[0]
+    # Moments follow: every array that trains is split wherever its weight is.
+    state = jax.eval_shape(optax.adam(1e-3).init, trainable)
+    places = follow(state, trainable, shardings(trainable, BOTH), BOTH)
+    want = [s.spec for s in jax.tree.leaves(shardings(trainable, BOTH))]
+    assert [s.spec for s in jax.tree.leaves(places[0].mu)] == want
+
+
+def test_a_bank_is_split_over_its_adapters_or_as_its_weight():
+    model = Model.abstract(CONFIG, jnp.bfloat16)
+    one = lorax.adapt(jax.random.key(0), model.params, lorax.LoraSpec(rank=3), fn=model.apply, args=IDS)
+    bank = lambda count: lorax.attach(  # noqa: E731
+        model.params, jax.eval_shape(lambda a: lorax.stack([a] * count), lorax.extract(one))
+    )
+    even, odd = (specs(bank(count), BOTH)["layers"]["attn"] for count in (4, 3))
+    assert (P(None, "data", None), P(None, "data", "model")) == (even["q_proj"]["kernel"].A, even["q_proj"]["kernel"].B)
+    assert (P(None, "data", "model"), P(None, "data", None)) == (even["o_proj"]["kernel"].A, even["o_proj"]["kernel"].B)
+    # Nine rows do not divide into two parts: features are split instead.
+    assert (P(None, None, "data"), P(None, None, "model")) == (odd["q_proj"]["kernel"].A, odd["q_proj"]["kernel"].B)
+    own = specs(bank(4), AbstractMesh((2, 2, 2), ("data", "model", "adapter")))["layers"]["attn"]["q_proj"]["kernel"]
+    assert (P(None, "adapter", "data"), P(None, "adapter", "model")) == (own.A, own.B)
+    placed = shard(bank(4), BOTH)["layers"]["attn"]["q_proj"]["kernel"]
+    assert placed.placement.core == (None, "model")
+    assert placed.placement.rows == ("data",)
 
 
 def test_quantised_weights_are_split_by_whole_blocks():
