@@ -7,13 +7,14 @@ DEFAULT := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])
 VENV := $(if $(filter $(VERSION),$(DEFAULT)),.venv,.venv-$(VERSION))
 PEERS := .venv-peers
 AOT := .venv-aot
+RAY := .venv-ray
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 # A CPU build from the machine's own pip set-up. Installed before anything that would ask for a larger one.
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: quickstart serve-demo test suite test-serve test-peers test-aot lint base clean check-python
+.PHONY: quickstart serve-demo test suite test-serve test-peers test-aot test-pod lint base clean check-python
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lorax train --base smollm2-135m --task medical --method lora --steps 64 --batch-size 16 \
@@ -31,7 +32,7 @@ test: lint suite
 # The tests alone. TESTS picks some: make suite TESTS=tests/lift
 TESTS ?= tests
 suite: base
-	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot -m "not peers and not aot and not serve" -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
+	$(BIN)/python -m pytest $(TESTS) --ignore=tests/peers --ignore=tests/aot --ignore=tests/pod -m "not peers and not aot and not serve and not pod" -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -58,6 +59,10 @@ test-aot: $(AOT)/.installed
 	$(AOT)/bin/python -c "import libtpu, triton, jax_triton, jax_cuda12_plugin, torch"
 	for file in $(AOT_TESTS); do \
 		JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest $$file -m aot -n $(WORKERS) -q || exit 1; done
+
+# Two and four processes on this machine, joined by hand and by Ray; one is killed. One test at a time: they are many.
+test-pod: $(RAY)/.installed
+	JAX_PLATFORMS=cpu $(RAY)/bin/python -m pytest tests/pod -m pod -q
 
 check-python:
 	@test -n "$(VERSION)" || { echo "lorax: '$(PYTHON)' does not run; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -87,6 +92,11 @@ $(AOT)/.installed: pyproject.toml | check-python
 	$(AOT)/bin/python $(PIP) '$(TORCH)'
 	$(AOT)/bin/python $(PIP) -e '.[test,aot]'
 	$(AOT)/bin/python $(PIP) --no-deps $$($(AOT)/bin/python -c "import jax; print(*(f'jax-cuda12-{x}=={jax.__version__}' for x in ('plugin', 'pjrt')))")
+	touch $@
+
+$(RAY)/.installed: pyproject.toml | check-python
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python $(PIP) -e '.[test,ray]'
 	touch $@
 
 clean:

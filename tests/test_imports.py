@@ -1,6 +1,6 @@
 """Imports run one way. This test reads every module's syntax tree, lazy imports inside functions included.
 
-lorax_kernels <- core <- models io data train analysis plan <- sweep serve <- cli bench
+lorax_kernels <- core <- models io data distributed train analysis plan <- sweep serve <- cli bench
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CORE = {"errors", "paths", "spec", "weights", "choose", "adapt", "tree", "masks"
 CORE |= {"quant", "quantized", "optim", "sharding", "linalg", "dropout", "rebase", "combine", "bank", "audit"}
 LAYERS = [
     CORE | {"multi"},
-    {"models", "io", "data", "train", "analysis", "plan"},
+    {"models", "io", "data", "distributed", "train", "analysis", "plan"},
     {"sweep", "serve"},
     {"cli", "bench", "__main__"},
 ]

@@ -13,10 +13,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_there_is_one_example_for_linen_and_one_for_nnx():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert "linen" in BLOCKS[0]
     assert "nnx.merge" in BLOCKS[1]
     assert "lorax.stack" in BLOCKS[2]
+    assert "make_mesh" in BLOCKS[3]
     # "Twenty lines": what a reader takes in at once.
     assert all(len([line for line in block.splitlines() if line.strip()]) <= 26 for block in BLOCKS)
 
@@ -43,6 +44,15 @@ def test_the_example_of_many_adapters_runs():
     assert scope["state"].count.tolist() == [1, 1, 0, 0]
     # After one step B is no longer zero, so the merged weight is another one.
     assert not np.allclose(scope["legal"]["up"], scope["base"]["up"])
+
+
+def test_the_example_of_a_mesh_runs(capsys):
+    scope: dict = {}
+    exec(compile(BLOCKS[3], "README.md", "exec"), scope)
+    (said,) = capsys.readouterr().out.splitlines()
+    # What the comment beside it says, whatever this JAX calls the class.
+    assert said.endswith("(None, 'data', None)")
+    assert scope["placed"]["layers"]["q_proj"]["kernel"].A.sharding.mesh.axis_names == ("data", "model")
 
 
 def test_commands_of_the_readme_exist():

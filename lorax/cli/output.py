@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -36,3 +39,17 @@ def figures(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     """Accuracy and loss as people read them; a dash for what is not known."""
     accuracy, loss = evaluation.get("accuracy"), evaluation.get("loss")
     return ("-" if accuracy is None else f"{100 * accuracy:.1f}%", "-" if loss is None else f"{loss:.3f}")
+
+
+@contextlib.contextmanager
+def output_is_ours() -> Iterator[None]:
+    """Inside, what native code prints goes to standard error: the CPU's collectives tell who they have met."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(ours, 1)
+        os.close(ours)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from lorax.cli.output import figures, measures, print_json, print_table
+from lorax.cli.output import figures, measures, output_is_ours, print_json, print_table
 from lorax.errors import LoraxError
 from lorax.train.config import TrainConfig
 
@@ -27,6 +30,18 @@ class Args:
     """The run's folder; runs/<task or data>-<method> by default, numbered when that is taken."""
     resume: bool = False
     """Continue the run in --out; settings that are not given are those that it began with."""
+    mesh: str | None = None
+    """Axes over all devices: data=4,model=2. data (or fsdp) splits batch and weights, replica the batch alone, model
+    the arithmetic. Without it one device, or with several processes as much data as the batch has rows."""
+    distributed: bool = False
+    """One of several processes that run this same command, found through a TPU pod, GKE, Slurm, MPI, or the variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. --out must be a folder that all of them see."""
+    coordinator: str | None = None
+    """host:port of process 0, where nothing tells; with --processes and --process-id."""
+    processes: int | None = None
+    """How many processes run this command."""
+    process_id: int | None = None
+    """This one's number, from 0."""
     json: bool = False
     """Print the report as JSON, and no progress."""
 
@@ -37,6 +52,9 @@ class Args:
             raise LoraxError("--out: is empty; name a folder, or leave it out")
         config = self._recorded(words) if self.resume else self.config
         config.check()
+        if self.distributed or self.coordinator or self.processes is not None or self.process_id is not None:
+            self._run_among_others(config)
+            return
         # Heavy imports wait until the settings are known to be good.
         from lorax.train.progress import Display
         from lorax.train.runner import run
@@ -44,8 +62,34 @@ class Args:
 
         out = Path(self.out) if self.out else _free_folder(config)
         keep_compiled_programs()
-        report = run(config, out, resume=self.resume, display=Display(quiet=self.json))
+        report = run(config, out, resume=self.resume, display=Display(quiet=self.json), mesh=self._mesh(config))
         print_json(report) if self.json else _show(report, out)
+
+    def _mesh(self, config: TrainConfig) -> Any:
+        """The devices; without --mesh a single process has one."""
+        import lorax.distributed as pod
+
+        if self.mesh is None and pod.process_count() == 1:
+            return None
+        return pod.make_mesh(self.mesh, config.batch_size)
+
+    def _run_among_others(self, config: TrainConfig) -> None:
+        """The same run as one of several processes: process 0 speaks, all leave together."""
+        if not self.out:
+            raise LoraxError("--out: name the run's folder, one that every process sees")
+        import lorax.distributed as pod
+        from lorax.train.progress import Display, silent
+        from lorax.train.runner import run
+        from lorax.train.runtime import keep_compiled_programs
+
+        keep_compiled_programs()
+        with output_is_ours():
+            pod.initialize(self.coordinator, self.processes, self.process_id)
+        show = Display(quiet=self.json) if pod.is_main() else silent()
+        with leave_if_lost(), pod.together(), output_is_ours():
+            report = run(config, Path(self.out), resume=self.resume, display=show, mesh=self._mesh(config))
+        if pod.is_main():
+            print_json(report) if self.json else _show(report, Path(self.out))
 
     def _recorded(self, words: Sequence[str]) -> TrainConfig:
         """This command's settings, with those of the run in `out` where the command line is silent.
@@ -64,6 +108,18 @@ class Args:
         began = config_from(read_json(record).get("config"), record)
         again = tyro.cli(Args, prog="lorax train", args=list(words), default=Args(config=began))
         return again.config
+
+
+@contextlib.contextmanager
+def leave_if_lost() -> Iterator[None]:
+    """Leave at once where another process is gone: an ordinary exit would wait for it."""
+    from lorax.distributed import Lost
+
+    try:
+        yield
+    except Lost as error:
+        print(f"lorax: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
 
 
 def config_from(recorded: Any, place: Path) -> TrainConfig:

@@ -37,6 +37,8 @@ class TrainStream(Iterator[Batch]):
 
     Attributes:
         width: T, positions in a row.
+        rows: the rows to fill in, None for all B. A process of many sets it to those that its devices hold; the order
+            and the place in it are the same whatever it is.
         batches_per_epoch: batches that one pass takes; exact without packing, otherwise that of the first pass.
 
     Raises:
@@ -68,6 +70,7 @@ class TrainStream(Iterator[Batch]):
         self._lengths = self.examples.lengths.reshape(-1, group).max(axis=1).tolist()
         self.batch_size = batch_size
         self.pack, self.group = pack, group
+        self.rows: slice | None = None
         self.width = seq_len if pack else min(seq_len, -(-max(self._lengths) // _ROUND) * _ROUND)
         # Any integer may be a seed; grain takes 32 bits of it.
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -95,7 +98,7 @@ class TrainStream(Iterator[Batch]):
         return count_batches(lengths, self.batch_size, self.width)
 
     def __next__(self) -> Batch:
-        return assemble(self.examples, self.next_rows(), self.width)
+        return assemble(self.examples, self.next_rows()[self.rows or slice(None)], self.width)
 
     def next_rows(self) -> list[list[int]]:
         """The next batch as the examples of each row."""

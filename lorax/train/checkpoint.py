@@ -8,6 +8,10 @@ A checkpoint is a folder `checkpoints/00000040/`:
 It is written under a name that no reader looks at, every file is fsynced, and one rename publishes it. So
 whatever moment a process dies at, a folder with a number for a name is complete; and because disks lie,
 `restore` checks the hashes and steps back to the previous checkpoint, saying so, when they do not match.
+
+Over several processes every one of them calls `save` and `restore`, with a folder that all of them see. Each writes the
+parts of arrays that its devices hold; process 0 does the rest, and the others hear how it went. An array is restored to
+wherever the array of `like` lies: another mesh, or another number of processes, than it was saved from.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax.distributed import from_main, is_main, on_main
 from lorax.errors import LoraxError
 from lorax.train.step import State
 
@@ -84,21 +89,24 @@ class Checkpoints:
             LoraxError: the disk is full or a file could not be written; earlier checkpoints are untouched.
         """
         final = self.path(int(state.step))
-        if final.exists():
+        if from_main(final.exists()):
             return final
         aside = self.root / f"{final.name}.writing"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            on_main(self._sweep)
             _write(aside, state, meta)
-            os.rename(aside, final)
-            _fsync(self.root)
+            on_main(lambda: self._publish(aside, final))
         except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            if is_main():
+                shutil.rmtree(aside, ignore_errors=True)
             raise self._refused(final, error) from error
+        return final
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        os.rename(aside, final)
+        _fsync(self.root)
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(step), ignore_errors=True)
-        return final
 
     def restore(self, like: State) -> Restored | None:
         """The newest checkpoint that is whole, in the structure of `like`; None when there is none at all.
@@ -106,11 +114,15 @@ class Checkpoints:
         Raises:
             LoraxError: checkpoints exist and every one of them is damaged, or holds another tree.
         """
+        step = on_main(self._newest_whole)
+        return None if step is None else _read(self.path(step), like)
+
+    def _newest_whole(self) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
             fault = _fault(self.path(step))
             if fault is None:
-                return _read(self.path(step), like)
+                return step
             self.say(f"checkpoint {self.path(step)} is damaged ({fault}): falling back to the one before it")
         if steps:
             raise LoraxError(f"{self.root}: every checkpoint is damaged; start again with another --out")
@@ -118,12 +130,11 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Remove checkpoints newer than `step`: they were found damaged and the run will write them again."""
-        for later in self.steps():
-            if later > step:
-                shutil.rmtree(self.path(later))
+        on_main(lambda: [shutil.rmtree(self.path(later)) for later in self.steps() if later > step] and None)
 
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Make the folder, and remove what a killed process left half-written in it."""
+        self.root.mkdir(parents=True, exist_ok=True)
         for old in self.root.glob("*.writing"):
             shutil.rmtree(old, ignore_errors=True)
 
@@ -159,11 +170,17 @@ def _write(folder: Path, state: State, meta: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     arrays = flat(state)
-    _reserve(folder, sum(x.nbytes for x in arrays.values()) + _MARGIN)
+    on_main(lambda: _reserve(folder, sum(x.nbytes for x in arrays.values()) + _MARGIN))
     with _one_voice(), ocp.PyTreeCheckpointer() as writer:
         writer.save((folder / "state").absolute(), arrays)
+    step = int(state.step)
+    on_main(lambda: _seal(folder, step, arrays, meta))
+
+
+def _seal(folder: Path, step: int, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Write down what is there, and force it to the disk."""
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
-    record = {"step": int(state.step), "meta": meta, "arrays": _shapes(arrays), "sha256": hashes}
+    record = {"step": step, "meta": meta, "arrays": _shapes(arrays), "sha256": hashes}
     record["own_sha256"] = _own_sha256(record)
     (folder / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in _files(folder):

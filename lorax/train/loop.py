@@ -53,6 +53,7 @@ def fit(
     steps: int,
     rate: Schedule,
     accumulate: int = 1,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
     after: Callable[[State, Row], None] = lambda state, row: None,
 ) -> State:
     """Take optimizer steps until `state.step` is `steps`.
@@ -65,6 +66,7 @@ def fit(
         steps: the last step's number.
         rate: the schedule, for the row.
         accumulate: micro-batches to a step.
+        place: puts the stacked micro-batches onto devices, if they are not to go to the default one.
         after: called after each step, to log, save and evaluate. What it raises ends the loop.
 
     Returns:
@@ -76,7 +78,7 @@ def fit(
     shapes: set[tuple[int, ...]] = set()
     for number in range(int(state.step) + 1, steps + 1):
         began = time.perf_counter()
-        batch = stacked([next(batches) for _ in range(accumulate)])
+        batch = place(stacked([next(batches) for _ in range(accumulate)]))
         shape = batch["targets"].shape
         state, metrics = step(state, frozen, batch)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)

@@ -50,13 +50,13 @@ def language_model_loss(model: Any, *, head_trains: bool, chunk: int = CHUNK, gr
     return lambda trainable, frozen, batch, key: lifted(dropout(join(trainable, frozen), key), batch)
 
 
-def loss_for(model: Any, config: TrainConfig, *, head_trains: bool) -> LossFn:
+def loss_for(model: Any, config: TrainConfig, *, head_trains: bool, groups: int = 1) -> LossFn:
     """The loss of a run: of tokens or labels, of numbers, or of preferences."""
     if config.loss == "dpo":
         return preference_loss(model, config.beta)
     if model.config.regression:
         return squared_error(model)
-    return language_model_loss(model, head_trains=head_trains)
+    return language_model_loss(model, head_trains=head_trains, groups=groups)
 
 
 def scorer_for(model: Any, config: TrainConfig) -> Callable[..., Any]:

@@ -70,3 +70,8 @@ class Display:
         if self._task is not None:
             speed = "compiled" if row.compiled else f"{row.tokens / row.seconds:,.0f} tok/s"
             self._progress.update(self._task, advance=1, note=f"loss {row.loss:.3f}  {speed}")
+
+
+def silent() -> Display:
+    """A display that says nothing: another process says it."""
+    return Display(quiet=True, console=Console(quiet=True))

@@ -134,6 +134,22 @@ class MetricsLog:
             ) from error
 
 
+class NoLog:
+    """The log of a process that another one writes for."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+    def sync(self) -> None:
+        """Nothing to force."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a metrics file; a line cut short by a kill ends the reading."""
     rows: list[dict[str, Any]] = []

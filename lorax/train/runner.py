@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from lorax import extract, join, rebase, split
 from lorax.data import TrainStream
+from lorax.distributed import any_process, barrier, from_main, is_main, on_main, process_count
 from lorax.errors import LoraxError
 from lorax.io import atomic
 from lorax.models import load, with_labels
@@ -41,17 +43,28 @@ from lorax.train.objective import loss_for, make_optimizer, scorer_for
 from lorax.train.outcome import base_figures, build_report, save_result
 from lorax.train.plot import plot_loss
 from lorax.train.progress import Display
-from lorax.train.receipts import coverage, unmoved
-from lorax.train.record import MetricsLog, environment, read_json
+from lorax.train.receipts import Receipt, coverage, unmoved
+from lorax.train.record import MetricsLog, NoLog, environment, read_json
 from lorax.train.schedule import Schedule
-from lorax.train.step import State, init_state, make_step
+from lorax.train.step import State, make_step
+from lorax.train.where import Where
 
 # Folded into the seed's key for a new head, so that it is not drawn as the factors are.
 HEAD = 0x68656164
 
 
-def run(config: TrainConfig, out: Path, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
+def run(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    display: Display | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
     """Fine-tune as `config` says, in the folder `out`.
+
+    Over several processes (`lorax.distributed.initialize` first) all of them call this alike, with a folder that all of
+    them see; process 0 writes what is written once.
 
     Args:
         config: the settings.
@@ -59,6 +72,8 @@ def run(config: TrainConfig, out: Path, *, resume: bool = False, display: Displa
         resume: continue from the newest whole checkpoint in `out`, to the same bits as if nothing had
             happened. With nothing there yet the run starts at the beginning.
         display: where progress goes; none by default.
+        mesh: the devices, from `lorax.distributed.make_mesh`; by default one. A resumed run may have another mesh, and
+            then goes on to the same weights but for the order of sums.
 
     Returns:
         The report, as in `report.json`.
@@ -70,12 +85,15 @@ def run(config: TrainConfig, out: Path, *, resume: bool = False, display: Displa
     """
     config.check()
     methods.check_base(config)
+    where = Where(mesh)
+    where.check(config)
     show = display or Display(quiet=True)
     done = _claim(config, out, resume, show)
+    barrier("lorax: every process has looked at the folder")
     if done is not None:
         return done
     with show, Interruptible(show.say) as stop:
-        return _Run(config, out, show, stop, **_setup(config, out, show)).go()
+        return _Run(config, out, show, stop, where, **_setup(config, out, show, where)).go()
 
 
 def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[str, Any] | None:
@@ -98,36 +116,36 @@ def _claim(config: TrainConfig, out: Path, resume: bool, show: Display) -> dict[
     return None
 
 
-def _setup(config: TrainConfig, out: Path, show: Display) -> dict[str, Any]:
+def _setup(config: TrainConfig, out: Path, show: Display, where: Where) -> dict[str, Any]:
     """Load the base and the data, and write the record; the same data is required of a resumed run."""
-    base = load(config.base, jnp.dtype(config.dtype), config.remat, config.quantised)
-    _check_head(config, base.config)
-    data = prepare(config, base.tokenizer, show.say, base.config.labels)
-    about = {"data": data.sha256, "base": _fingerprint(base.params)}
-    if data.labels and not base.config.labels:
-        key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
-        base = with_labels(base, data.labels, key, regression=config.head == "regression")
-    model, params = methods.adapted(base, config, data.text)
+    with where.loading():
+        base = load(config.base, jnp.dtype(config.dtype), config.remat, config.quantised)
+        _check_head(config, base.config)
+        data = prepare(config, base.tokenizer, show.say, base.config.labels)
+        about = {"data": data.sha256, "base": _fingerprint(base.params)}
+        if data.labels and not base.config.labels:
+            key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
+            base = with_labels(base, data.labels, key, regression=config.head == "regression")
+        model, params = methods.adapted(base, config, data.text)
     stream: Any = data.stream(config)
+    stream.rows = where.rows(config.batch_size)
     per_epoch = stream.batches_per_epoch / config.accumulate
     steps = config.steps or max(1, round(config.epochs * per_epoch))
     optimizer, rate = make_optimizer(config, steps)
     record = out / "run.json"
-    if record.exists():
+    if from_main(record.exists()):
         before = read_json(record)
         for what in about:
             if before.get("sha256", {}).get(what) != about[what]:
                 raise LoraxError(f"{out}: the {what} is not what the run began with; cannot resume on another {what}")
     else:
-        atomic.write_json(
-            record,
-            {"config": config.as_json(), "steps": steps, "sha256": about, "environment": environment()},
-        )
-    if methods.only_head(split(params)[0]) and config.loss == "sft":
+        began = {"config": config.as_json(), "steps": steps, "sha256": about, "environment": environment()}
+        on_main(lambda: atomic.write_json(record, began))
+    if where.mesh is None and methods.only_head(split(params)[0]) and config.loss == "sft":
         stream, held_out = _by_features(config, base, data, stream, about, show)
         data = dataclasses.replace(data, held_out=held_out)
     # The model is code from here on: its parameters live in `params`, some of them structured.
-    model = dataclasses.replace(model, params={})
+    model = dataclasses.replace(where.model(model), params={})
     return {
         "model": model,
         "params": params,
@@ -188,6 +206,7 @@ class _Run:
     out: Path
     show: Display
     stop: Interruptible
+    where: Where
     model: Any
     params: PyTree
     data: Dataset
@@ -213,13 +232,14 @@ class _Run:
     def _begin(self) -> State:
         """The state to start from: fresh, or the newest whole checkpoint with its data position."""
         config = self.config
-        trainable, self.frozen = split(self.params)
         self.start = extract(self.params) if config.moves_base else None
-        state = init_state(trainable, self.optimizer, config.seed)
+        trainable, self.frozen = split(self.where.params(self.params))
+        state = self.where.state(trainable, self.optimizer, config.seed)
         self.params = None  # the state has its own copy of what trains; the first one can go
         head_trains = methods.head_trains(trainable, self.model.config)
-        self.step = make_step(loss_for(self.model, config, head_trains=head_trains), self.optimizer)
-        self.scorer = scorer_for(self.model, config)
+        loss = loss_for(self.model, config, head_trains=head_trains, groups=self.where.parts)
+        self.step = make_step(loss, self.optimizer)
+        self.scorer = self.where.scorer(scorer_for(self.model, config))
         self.checkpoints = Checkpoints(self.out / "checkpoints", say=self.show.say)
         restored = self.checkpoints.restore(state)
         if restored is not None:
@@ -227,7 +247,7 @@ class _Run:
             self.checkpoints.drop_after(int(state.step))
             self.stream.restore(meta["data"])
             self.evals = meta["evals"]
-        self.log = MetricsLog(self.out / "metrics.jsonl", upto=int(state.step))
+        self.log = MetricsLog(self.out / "metrics.jsonl", upto=int(state.step)) if is_main() else NoLog()
         return state
 
     def _train(self, state: State) -> State:
@@ -241,6 +261,7 @@ class _Run:
                 steps=self.steps,
                 rate=self.rate,
                 accumulate=self.config.accumulate,
+                place=lambda batch: self.where.batch(batch, self.config.batch_size),
                 after=self._after,
             )
         except Diverged as error:
@@ -256,6 +277,7 @@ class _Run:
         self.log.add(row._asdict())
         self.show.stepped(row)
         last = row.step == self.steps
+        self.stop.asked = any_process(self.stop.asked)  # all leave, or none
         if self._due(row.step) and not self.stop.asked:
             with contextlib.suppress(Asked):  # leave below, with the step saved; a resumed run evaluates it again
                 self._evaluate(row.step, state.trainable)
@@ -283,11 +305,19 @@ class _Run:
 
     def _tick(self, items: int) -> None:
         self.show.advance(items)
-        self.stop.check()
+        if process_count() == 1:  # of several, none may leave the others in the middle
+            self.stop.check()
 
     def _finish(self, state: State) -> dict[str, Any]:
+        state = self.where.trained(state)
         receipts = coverage(state)
-        params = join(state.trainable, self.frozen)
+        params = self.where.whole(join(state.trainable, self.frozen))
+        report, fault = on_main(lambda: self._write(state, params, receipts)), unmoved(receipts)
+        if fault:
+            raise LoraxError(f"{fault} (the run is saved in {self.out})")
+        return report
+
+    def _write(self, state: State, params: PyTree, receipts: list[Receipt]) -> dict[str, Any]:
         if self.start is not None:
             # The base that was trained over is nobody else's: what is saved goes over the one with the name.
             params = rebase(params, self.start, load(self.config.base, jnp.dtype(self.config.dtype)).params)
@@ -305,7 +335,4 @@ class _Run:
             read_json(self.out / "run.json"),
         )
         atomic.write_json(self.out / "report.json", report)
-        fault = unmoved(receipts)
-        if fault:
-            raise LoraxError(f"{fault} (the run is saved in {self.out})")
         return report
