@@ -20,12 +20,14 @@ class Args:
 
     base: str = "smollm2-135m"
     """A preset (llama-3.1-70b, qwen3-8b, mistral-7b, smollm2-135m, ...), a config.json, or hf:org/name."""
-    method: Literal["lora", "qlora", "full", "head"] = "qlora"
-    """What trains."""
+    method: Literal["lora", "qlora", "multi-lora", "multi-qlora", "full", "head"] = "qlora"
+    """What trains; multi-: many adapters together in one mixed batch, each of its rows for one of them."""
     rank: int = 16
     """LoRA rank r."""
     targets: tuple[str, ...] = ("all-linear",)
     """Weights that get factors, as for lorax train."""
+    variant: Literal["lora", "dora", "lora-fa", "vera"] = "lora"
+    """Kind of change, as for lorax train."""
     seq: int = 4096
     """Tokens in a row."""
     batch: int = 16
@@ -46,9 +48,9 @@ class Args:
     hlo: str | None = None
     """With --compile: write the compiled program to this file."""
     sweep: bool = False
-    """A table: full, head, LoRA, QLoRA, and serving many adapters."""
+    """A table: full, head, LoRA, QLoRA, many adapters trained together, and served."""
     adapters: int = 64
-    """Adapters that are served, in the sweep."""
+    """Adapters that are trained together (multi-lora, multi-qlora), and in the sweep served."""
     json: bool = False
     """Print one JSON object."""
 
@@ -60,7 +62,8 @@ class Args:
         target = parse_target(self.target)
         mesh = parse_mesh(self.mesh, target, self.batch)
         options = {
-            name: getattr(self, name) for name in ("rank", "targets", "seq", "batch", "dtype", "optimizer", "remat")
+            name: getattr(self, name)
+            for name in ("rank", "targets", "variant", "adapters", "seq", "batch", "dtype", "optimizer", "remat")
         }
         job = Job(config_of(self.base), self.method, target, mesh, **options)
         if self.sweep:

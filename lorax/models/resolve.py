@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lorax.errors import LoraxError
 from lorax.io.atomic import open_new
+from lorax.models.hub import from_hub
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def resolve_base(name: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(name)
     if text.startswith("hf:"):
-        return _from_hub(text[3:])
+        return from_hub(text[3:])
     if text in BUILT_IN:
         return _from_wheel(text, BUILT_IN[text])
     path = Path(text).expanduser()
@@ -75,22 +76,6 @@ def resolve_base(name: str | os.PathLike[str]) -> Path:
         raise LoraxError(f"{text}: is neither a directory nor a .gguf file; name one of those, hf:org/name, or {known}")
     said = text or "an empty name"
     raise LoraxError(f"{said}: no such base; name a directory, a .gguf file, hf:org/name, or a built-in name ({known})")
-
-
-def _from_hub(repo: str) -> Path:
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise LoraxError(f"hf:{repo}: a hub name has the form hf:org/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise LoraxError(f"hf:{repo}: the hub needs an extra package; pip install 'lorax-flax[hub]'") from None
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=wanted))
-    except Exception as error:
-        # The hub's client raises many kinds, network errors of its HTTP library among them.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoraxError(f"hf:{repo}: cannot be fetched ({first}); check the name and the connection") from error
 
 
 def _from_wheel(name: str, base: WheelBase) -> Path:

@@ -40,6 +40,8 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
         yield "--method lora", change(job, method="lora")
     if job.method in ("full", "lora"):
         yield "--method qlora", change(job, method="qlora")
+    if job.method == "multi-lora":
+        yield "--method multi-qlora", change(job, method="multi-qlora")
     for model in (2, 4, 8, 16):
         mesh = {"data": job.target.chips // model, "model": model}
         whole = job.target.chips % model == 0 and job.batch % mesh["data"] == 0
@@ -50,6 +52,9 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
     for batch in (job.batch // 2, job.batch // 4):
         if batch and batch % job.data_parts == 0:
             yield f"--batch {batch}", change(job, batch=batch)
+    for adapters in (job.adapters // 2, job.adapters // 4):
+        if job.mixed and adapters:
+            yield f"--adapters {adapters}", change(job, adapters=adapters)
     for seq in (job.seq // 2, job.seq // 4):
         if seq >= 256:
             yield f"--seq {seq}", change(job, seq=seq)

@@ -30,7 +30,9 @@ def answer(name: str, job: Job, with_compiler: bool = False, hlo: str | None = N
     out: dict[str, Any] = {
         "base": name,
         "method": job.method,
-        "rank": job.rank if job.method in ("lora", "qlora") else None,
+        "rank": job.rank if job.low_rank else None,
+        **({"variant": job.variant} if job.low_rank and job.variant != "lora" else {}),
+        **({"adapters": job.adapters} if job.mixed else {}),
         "tokens": {"batch": job.batch, "seq": job.seq},
         "target": str(job.target),
         "chips": job.target.chips,

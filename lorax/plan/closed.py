@@ -31,10 +31,10 @@ import jax.numpy as jnp
 from lorax.models.attention import LONG, QUERY_BLOCK
 from lorax.plan.flops import step_flops
 from lorax.plan.job import Job, Trees, chip_bytes, total_bytes, trees
+from lorax.plan.parts import base_of, learned
 from lorax.plan.wire import step_wire
 from lorax.quantized import Quantized
 from lorax.tree import join, named_leaves
-from lorax.weights import LowRank
 
 PARTS = ("base", "adapter", "gradients", "optimizer", "activations")
 
@@ -88,9 +88,9 @@ def estimate(job: Job) -> Estimate:
 
 
 def _each(given: Trees, measure: Any) -> dict[str, int]:
-    """Base: all weights of the model, whether they train or not; adapter: factors that were added."""
+    """Base: all weights of the model, whether they train or not; adapter: what was added, whether it trains or not."""
     trained = measure(given.trainable)
-    factors = measure([(x.A, x.B) for _, x in named_leaves(given.trainable) if isinstance(x, LowRank)])
+    factors = measure(learned(given))
     return {
         "base": measure(given.frozen) + trained - factors,
         "adapter": factors,
@@ -146,7 +146,7 @@ def _in_flight(job: Job, given: Trees) -> tuple[float, float]:
         return 0.0, 0.0
     c, layers, tables = job.config, 0.0, 0.0
     for path, leaf in named_leaves(join(given.trainable, given.frozen)):
-        base = leaf.base if isinstance(leaf, LowRank) else leaf
+        base = base_of(leaf)
         size = total_bytes(base) / job.tensor_parts
         if path.startswith("layers/"):
             layers += size / c.num_layers

@@ -7,11 +7,12 @@ the rank and S = sum over adapted matrices of (in + out). A multiply and an add 
     again, with remat     the same
     attention's scores    2 L N s q, once more where a block or a layer drops them
     backward in x         2 N P + 8 L N s q + 2 N r S
-    backward in weights   2 N r S of factors; 2 N P where whole weights train
+    backward in weights   2 N r S of factors (VeRA's do not train); 2 N P where whole weights train
     head                  2 N H forward, 2 N H back; twice as much where it trains itself
 
 A head that trains alone has no backward pass below it. The masked half of the attention's scores is computed, and so it
-is counted. Padding that a kernel adds is not.
+is counted. Padding that a kernel adds is not, but that of a mixed batch is: every row meets the largest rank. A
+variant's work on weights alone (DoRA's norms) does not grow with tokens, and is left out.
 """
 
 from __future__ import annotations
@@ -22,19 +23,13 @@ from typing import Any
 from lorax.choose import is_head
 from lorax.models.attention import LONG
 from lorax.plan.job import Job
+from lorax.plan.parts import low_rank, trains_factors
 from lorax.tree import named_leaves
-from lorax.weights import LowRank
 
 
 def matrices(params: Any) -> int:
     """Parameters of the layers' matrices."""
     return sum(math.prod(leaf.shape) for path, leaf in named_leaves(params) if _is_matrix(path))
-
-
-def low_rank(params: Any) -> int:
-    """Sum of r (in + out) over the adapted matrices: the factors' parameters."""
-    leaves = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, LowRank)]
-    return sum(math.prod(x.shape) for leaf in leaves for x in (leaf.A, leaf.B))
 
 
 def step_flops(job: Job, params: Any) -> float:
@@ -51,7 +46,7 @@ def step_flops(job: Job, params: Any) -> float:
     if job.method == "head":
         return float(forward + 4 * head)
     again = (forward if job.remat else 0) + (scores // 2 if job.seq > LONG or not job.remat else 0)
-    back = products + 2 * scores + 2 * factors
+    back = products + 2 * scores + (2 if trains_factors(params) else 1) * factors
     if job.method == "full":
         return float(forward + again + back + products + 4 * head)
     return float(forward + again + back + 2 * head)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorax.errors import LoraxError
 from lorax.models import ModelConfig
+from lorax.models.hub import from_hub
 
 _LLAMA3 = {"norm_eps": 1e-5, "rope_theta": 500000.0, "max_length": 131072}
 
@@ -60,7 +61,7 @@ def config_of(name: str) -> ModelConfig:
     """
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
-    path = _from_hub(name[3:]) if name.startswith("hf:") else Path(name).expanduser()
+    path = from_hub(name[3:], "config.json") if name.startswith("hf:") else Path(name).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not name or not file.is_file():
         raise LoraxError(
@@ -71,17 +72,3 @@ def config_of(name: str) -> ModelConfig:
         return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise LoraxError(f"{file}: is no JSON ({str(error)[:80]}); point at a Hugging Face config.json") from None
-
-
-def _from_hub(repo: str) -> Path:
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise LoraxError(f"hf:{repo}: a hub name has the form hf:org/name")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise LoraxError(f"hf:{repo}: the hub needs an extra package; pip install 'lorax-flax[hub]'") from None
-    try:
-        return Path(hf_hub_download(repo, "config.json"))
-    except Exception as error:  # the hub's client raises many kinds, network errors among them
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoraxError(f"hf:{repo}: cannot be fetched ({first}); check the name and the connection") from error

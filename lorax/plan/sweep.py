@@ -10,12 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import split
 from lorax.plan.closed import PARTS, estimate
-from lorax.plan.job import Job, adapted, chip_bytes, total_bytes
-from lorax.sharding import shard
+from lorax.plan.job import Job, chip_bytes, total_bytes, trees
+from lorax.plan.parts import base_of, learned
 from lorax.tree import named_leaves
-from lorax.weights import LowRank
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,20 @@ class Row:
 
 
 def sweep(job: Job, adapters: int) -> list[Row]:
-    """Full fine-tuning, the head alone, LoRA, QLoRA, and serving `adapters` adapters over the base in 16 and 4 bits."""
+    """Full fine-tuning, the head alone, LoRA, QLoRA, `adapters` adapters trained together, and so many served, over the
+    base in 16 and 4 bits.
+    """
     rows = []
-    for method in ("full", "head", "lora", "qlora"):
-        one = dataclasses.replace(job, method=method)
+    for method in ("full", "head", "lora", "qlora", "multi-lora", "multi-qlora"):
+        if method.startswith("multi-") and (job.variant, job.optimizer) != ("lora", "adamw"):
+            continue
+        one = dataclasses.replace(job, method=method, adapters=adapters)
         found = estimate(one)
-        trained = found.parameters["trained"]
+        trained, count = found.parameters["trained"], adapters if one.mixed else 1
         # Adapters are saved in float32, whole weights in the dtype of the base.
-        size = found.bytes["adapter"] or trained * jnp.dtype(job.dtype).itemsize
-        rows.append(Row(method, trained, found.bytes, found.chip_total, _fits(job, found.chip_total), size))
+        size = found.bytes["adapter"] // count or trained * jnp.dtype(job.dtype).itemsize
+        name = f"{method[6:]} x {count}" if one.mixed else method
+        rows.append(Row(name, trained, found.bytes, found.chip_total, _fits(job, found.chip_total), size))
     return rows + [_serving(dataclasses.replace(job, method=method), adapters) for method in ("lora", "qlora")]
 
 
@@ -53,17 +56,16 @@ def _serving(job: Job, count: int) -> Row:
     cache = 2 L x batch x seq x kv_heads x head_dim x bytes, split over the batch and the heads
     """
     c, w = job.config, jnp.dtype(job.dtype).itemsize
-    params = shard(adapted(job), job.abstract_mesh())
-    trainable, frozen = split(params)
-    half = jax.tree.map(_in(jnp.bfloat16), trainable)
+    given = trees(job)
+    half = jax.tree.map(_in(jnp.bfloat16), learned(given))
+    base = [base_of(leaf) for _, leaf in named_leaves(given.frozen)]
     cache = 2 * c.num_layers * job.batch * job.seq * c.num_kv_heads * c.head_dim * w
     parts = job.data_parts * math.gcd(job.tensor_parts, c.num_kv_heads)
-    whole = {"base": total_bytes(frozen), "adapter": count * total_bytes(half), "gradients": 0, "optimizer": 0}
-    chip = chip_bytes(frozen) + count * chip_bytes(half) + cache // parts
-    factors = [x for _, x in named_leaves(trainable) if isinstance(x, LowRank)]
-    name = f"serve {count}, {'nf4' if job.method == 'qlora' else '16 bit' if w == 2 else '32 bit'}"
-    size = sum(math.prod(x.A.shape) + math.prod(x.B.shape) for x in factors)
-    return Row(name, 0, {**whole, "activations": cache}, chip, _fits(job, chip), 2 * size)
+    size = total_bytes(half)
+    whole = {"base": total_bytes(base), "adapter": count * size, "gradients": 0, "optimizer": 0}
+    chip = chip_bytes(base) + count * chip_bytes(half) + cache // parts
+    name = f"serve {count}, {'nf4' if job.packed else '16 bit' if w == 2 else '32 bit'}"
+    return Row(name, 0, {**whole, "activations": cache}, chip, _fits(job, chip), size)
 
 
 def _in(dtype: Any) -> Any:

@@ -10,15 +10,19 @@ A compiler may overlap gathers with products as rings of permutes, which send up
                                                                              1 again with remat
     lora        2 (T - 1) / T x m r x 4 x p for each row-parallel matrix     sums of x A
     gradients   2 (D - 1) / D x bytes of what trains on a chip               over the parts of the batch
+    bank        2 (F - 1) / F x B x r S x 4 x p / T                          a mixed batch of B rows instead: factors of
+                                                                             each row's adapter, gradients' way back
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
+from lorax.bank import Bank
 from lorax.plan.job import Job, Trees, chip_bytes, total_bytes
-from lorax.tree import named_leaves
-from lorax.weights import Full, LowRank
+from lorax.plan.parts import base_of, layers_of, low_rank, rank_of
+from lorax.tree import join, named_leaves
+from lorax.weights import Change, Full
 
 
 def step_wire(job: Job, given: Trees) -> dict[str, float]:
@@ -36,11 +40,15 @@ def step_wire(job: Job, given: Trees) -> dict[str, float]:
     layers, tables = _bases(given)
     tensor, fsdp = job.tensor_parts, job.fsdp_parts
     wire = {
-        "fsdp": share(fsdp) * (layers * (min(passes, 2) if job.method == "qlora" else passes) + tables) / tensor,
+        "fsdp": share(fsdp) * (layers * (min(passes, 2) if job.packed else passes) + tables) / tensor,
         "tensor": share(tensor) * c.num_layers * m * c.hidden_size * w * (2 * passes + sums),
         "lora": 2 * share(tensor) * m * 4 * passes * _row_ranks(given),
-        "gradients": 2 * share(job.data_parts) * chip_bytes(given.trainable),
     }
+    if job.mixed:
+        # Whichever device has a row of a factor, all of them sum what each found: zeros but for one.
+        wire["bank"] = 2 * share(fsdp) * job.batch * low_rank(given.trainable) * 4 * passes / tensor
+    else:
+        wire["gradients"] = 2 * share(job.data_parts) * chip_bytes(given.trainable)
     return {reason: float(size) for reason, size in wire.items()}
 
 
@@ -49,7 +57,7 @@ def _bases(given: Trees) -> tuple[float, float]:
     layers = tables = 0.0
     trained = dict(named_leaves(given.trainable))
     for path, leaf in named_leaves(given.frozen):
-        base = leaf.base if isinstance(leaf, LowRank) else leaf
+        base = base_of(leaf)
         size = total_bytes(base) + (total_bytes(trained[path]) if isinstance(leaf, Full) else 0)
         if path.startswith("layers/"):
             layers += size
@@ -61,8 +69,7 @@ def _bases(given: Trees) -> tuple[float, float]:
 def _row_ranks(given: Trees) -> int:
     """The sum, over all layers, of the ranks of row-parallel matrices."""
     total = 0
-    for path, leaf in named_leaves(given.trainable):
-        if isinstance(leaf, LowRank) and path.split("/")[-2] in ("o_proj", "down_proj"):
-            stack = leaf.A.shape[: len(leaf.axes.stack)]
-            total += leaf.rank * (stack[0] if stack else 1)
+    for path, leaf in named_leaves(join(given.trainable, given.frozen)):
+        if isinstance(leaf, (Change, Bank)) and path.split("/")[-2] in ("o_proj", "down_proj"):
+            total += rank_of(leaf) * layers_of(leaf)
     return total

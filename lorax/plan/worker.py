@@ -53,10 +53,8 @@ def compile_job(request: dict[str, Any]) -> dict[str, Any]:
     from lorax.models.config import ModelConfig, RopeScaling
     from lorax.plan.hlo import collectives, summary
     from lorax.plan.job import Job, trees
+    from lorax.plan.step import lowered_step
     from lorax.plan.target import parse_target
-    from lorax.train.methods import head_trains
-    from lorax.train.objective import language_model_loss
-    from lorax.train.step import make_step
     from lorax_kernels import target as traced_for
 
     config = dict(request["base"])
@@ -68,16 +66,8 @@ def compile_job(request: dict[str, Any]) -> dict[str, Any]:
     job = Job(ModelConfig(**config), target=where, targets=tuple(request["targets"]), **others)
     mesh = _mesh(job)
     began = time.perf_counter()
-    given = trees(job, mesh)
-    loss = language_model_loss(
-        given.model,
-        head_trains=head_trains(given.trainable, job.config),
-        chunk=job.chunk,
-        groups=job.data_parts,
-    )
-    step = make_step(loss, given.tx)
     with traced_for(where.chip.platform, where.chip.kernels):
-        lowered = step.lower(given.state, given.frozen, given.batch)
+        lowered = lowered_step(job, trees(job, mesh))
     middle = time.perf_counter()
     seconds = {"lower": round(middle - began, 1)}
     try:

@@ -49,6 +49,23 @@ def test_a_qlora_step_on_a_slice(base, capsys, tmp_path):
     assert not any(shape in line.split("all-gather(")[0] for line in gathered for shape in whole), "W as values"
 
 
+def test_a_mixed_step_over_a_bank(base, capsys, tmp_path):
+    """Ten adapters of rank 8 train together; the bank's rows are split over `data` and no device sees all of them."""
+    hlo = tmp_path / "mixed.hlo"
+    words = ("--base", base, "--method", "multi-lora", "--adapters", "10", "--rank", "8", "--target", "v5e:2x2")
+    shape = ("--mesh", "data=2,model=2", "--batch", "4", "--seq", "256")
+    code, found = plan(capsys, *words, *shape, "--hlo", str(hlo))
+    assert code == 0, found
+    real = found["compiled"]
+    assert not real["refused"]
+    held = sum(found["per_chip"][part] for part in ("base", "adapter", "optimizer"))
+    assert real["parts"]["arguments"] == pytest.approx(held, rel=0.05)
+    gathered = [line.split("all-gather(")[0] for line in hlo.read_text().splitlines() if " all-gather(" in line]
+    rows = 10 * 8
+    whole = [f"[{rows},{n}]" for n in (TINY.hidden_size, TINY.intermediate_size, TINY.intermediate_size // 2, 512)]
+    assert not any(shape in line for line in gathered for shape in whole), "the bank is gathered"
+
+
 def test_a_lora_step_on_eight_gpus(base, capsys):
     words = ("--base", base, "--method", "lora", "--target", "h100:8", "--mesh", "data=4,model=2", "--seq", "64")
     code, found = plan(capsys, *words, "--batch", "8")

@@ -126,6 +126,53 @@ def test_lora_computes_two_thirds_of_full_fine_tuning():
     assert flops["lora"] / flops["full"] == pytest.approx((2 * 4096 + 6 * 8) / (3 * 4096), rel=0.01)
 
 
+def test_variants_are_counted_as_they_are_held():
+    """Per matrix of a layer: A and B, what a variant adds beside them, and what of it trains."""
+    one = ModelConfig("llama", 64, 128, 96, 3, 2, 2, 64)
+    ins_outs = [(128, 128)] * 4 + [(128, 96)] * 2 + [(96, 128)]
+    rank, layers = 4, one.num_layers
+    factors = layers * sum(rank * (i + o) for i, o in ins_outs)
+    outs = layers * sum(o for _, o in ins_outs)
+    trained = {
+        "lora": factors,
+        "dora": factors + outs,
+        "lora-fa": layers * sum(rank * o for _, o in ins_outs),
+        "vera": outs + layers * rank * len(ins_outs),
+    }
+    held = dict(trained, **{"lora-fa": factors, "vera": trained["vera"] + factors // layers})
+    found = {v: estimate(Job(one, "qlora", ONE, ALONE, rank=rank, variant=v, seq=64, batch=1)) for v in trained}
+    for variant, each in found.items():
+        assert each.parameters["trained"] == trained[variant], variant
+        assert each.bytes["adapter"] == 4 * held[variant], variant
+        assert each.bytes["gradients"] == 4 * trained[variant], variant
+        # VeRA has no scales, one float32 for each matrix.
+        scales = 0 if variant == "vera" else 4 * len(ins_outs)
+        assert each.bytes["base"] - scales == found["lora"].bytes["base"] - 4 * len(ins_outs)
+    assert found["vera"].flops < found["lora"].flops == found["dora"].flops
+    full = estimate(Job(one, "full", ONE, ALONE, seq=64, batch=1))
+    assert full.bytes["adapter"] == 0
+    assert full.parameters["trained"] == full.parameters["base"]
+
+
+def test_many_adapters_train_together():
+    mesh, target = {"data": 4, "model": 2}, parse_target("v5e:2x4")
+    tiny = ModelConfig("llama", 512, 1024, 2048, 3, 8, 8, 128)
+    shape = {"rank": 8, "seq": 64, "batch": 8}
+    one = estimate(Job(tiny, "lora", target, mesh, **shape))
+    many = estimate(Job(tiny, "multi-lora", target, mesh, adapters=6, **shape))
+    assert many.parameters["trained"] == 6 * one.parameters["trained"]
+    assert many.bytes["base"] == pytest.approx(one.bytes["base"], rel=1e-4)
+    # The bank's rows are split over data, so a chip holds a quarter of it at most.
+    assert many.per_chip["adapter"] <= many.bytes["adapter"] // 4
+    assert many.flops == one.flops
+    assert set(many.wire) ^ set(one.wire) == {"bank", "gradients"}
+    # What a row of the batch fetches does not grow with the bank.
+    more = estimate(Job(tiny, "multi-lora", target, mesh, adapters=600, **shape))
+    assert more.wire == many.wire
+    with pytest.raises(LoraxError, match="plain low-rank changes"):
+        Job(tiny, "multi-lora", target, mesh, variant="dora")
+
+
 def test_advice_is_checked_and_empty_where_it_fits():
     tight = job("llama-3.1-8b", "full", parse_target("v5e:2x2"), {"data": 4}, seq=512, batch=4)
     found = estimate(tight)
@@ -141,8 +188,11 @@ def test_advice_is_checked_and_empty_where_it_fits():
 def test_the_sweep_has_a_row_for_each_way():
     rows = sweep(job("smollm2-135m", "lora", batch=2, seq=256), adapters=32)
     names = [row.name for row in rows]
-    assert names == ["full", "head", "lora", "qlora", "serve 32, 16 bit", "serve 32, nf4"]
-    full, head, lora, qlora, served, packed = rows
+    assert names == ["full", "head", "lora", "qlora", "lora x 32", "qlora x 32", "serve 32, 16 bit", "serve 32, nf4"]
+    full, head, lora, qlora, many, packed_many, served, packed = rows
+    assert many.trained == 32 * lora.trained == packed_many.trained
+    assert many.adapter_file == lora.adapter_file
+    assert many.bytes["optimizer"] > 31.9 * lora.bytes["optimizer"]
     assert full.trained > head.trained > lora.trained == qlora.trained
     assert qlora.bytes["base"] < lora.bytes["base"]
     assert lora.adapter_file == 4 * lora.trained
@@ -227,7 +277,7 @@ def test_json_and_words(capsys):
     assert "fits" in shown
     assert "all chips" in shown
     assert cli.main([*words, "--sweep", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 6
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 8
 
 
 def test_factors_are_float32_and_nothing_is_made():
@@ -246,7 +296,7 @@ def of_result(path):
     words = shlex.split(found["command"])[2:]
     given = tyro.cli(Args, args=words)
     target = parse_target(given.target)
-    names = ("rank", "targets", "seq", "batch", "dtype", "optimizer", "remat")
+    names = ("rank", "targets", "variant", "adapters", "seq", "batch", "dtype", "optimizer", "remat")
     options = {name: getattr(given, name) for name in names}
     mesh = parse_mesh(given.mesh, target, given.batch)
     return Job(config_of(given.base), given.method, target, mesh, **options), found["compiled"]
@@ -272,3 +322,21 @@ def test_the_results_hold_what_was_asked_for():
     assert found["bytes"] < 13.3e9
     assert found["kernels"] >= 14
     assert found["collectives"]["all-gather"]["bytes"] > 0
+
+
+def test_a_mixed_step_of_64_adapters_fits_a_small_slice_and_moves_rows_of_adapters_alone():
+    one, compiled = of_result(RESULTS[0].parent / "llama-3.1-8b-multi-lora-v5e-4x4.json")
+    assert (one.method, one.adapters, str(one.target)) == ("multi-lora", 64, "v5e:4x4")
+    assert not compiled["refused"]
+    assert compiled["bytes"] == sum(compiled["parts"].values()) < one.target.chip.capacity
+    assert compiled["flops"] > 0
+    found = estimate(one)
+    # A chip holds a sixteenth of the bank and of its moments.
+    assert found.per_chip["adapter"] == found.bytes["adapter"] // 16
+    single, alone = of_result(RESULTS[0].parent / "llama-3.1-8b-lora-v5e-4x4.json")
+    assert (single.batch, single.seq, single.mesh) == (one.batch, one.seq, one.mesh)
+    # Beside what one adapter's step moves: the factors of sixteen rows, not those of sixty-four adapters three times.
+    more = compiled["wire"] - alone["wire"]
+    assert more == pytest.approx(found.wire["bank"], rel=0.1)
+    assert more < 3 * found.bytes["adapter"] / 2
+    assert set(compiled["collectives"]) >= {"all-gather", "all-reduce"}
