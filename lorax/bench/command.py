@@ -13,11 +13,12 @@ import tyro
 from lorax.bench import kernels, methods, multi, nf4, record, serve, train_step
 from lorax.bench.kernels import KernelsConfig
 from lorax.bench.methods import MethodsConfig
-from lorax.bench.multi import MultiConfig
+from lorax.bench.multi import Knobs, MultiConfig
 from lorax.bench.nf4 import Nf4Config
 from lorax.bench.serve import ServeConfig
 from lorax.bench.train_step import BenchConfig
 from lorax.errors import LoraxError
+from lorax.train.record import read_json
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Args:
     """serve: registered adapters of the streams."""
     serve_requests: int = ServeConfig.requests
     """serve: requests of a stream."""
+    multi: tyro.conf.OmitArgPrefixes[Knobs] = field(default_factory=Knobs)
     out: str | None = None
     """Write the result as JSON here."""
     json: bool = False
@@ -62,6 +64,8 @@ class Args:
         }
         result = runs[self.what]()
         if self.out is not None:
+            if self.what == "multi" and Path(self.out).exists():
+                result = multi.merged(read_json(Path(self.out)), result)
             record.write(self.out, result)
         if self.json:
             print_json(result)
@@ -90,7 +94,8 @@ class Args:
         """Likewise; batch and length are the benchmark's own unless they are given."""
         c, d = self.config, BenchConfig()
         names = ("batch_size", "seq_len", "rounds", "base", "threads", "peer_python", "seed")
-        return MultiConfig(**{name: getattr(c, name) for name in names if getattr(c, name) != getattr(d, name)})
+        given = {name: getattr(c, name) for name in names if getattr(c, name) != getattr(d, name)}
+        return MultiConfig(**{**vars(self.multi), **given})
 
     def _serve(self) -> ServeConfig:
         """Likewise: a batch's size is the full batch's, a length that of its answers."""

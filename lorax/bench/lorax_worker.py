@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lorax.bench import side
 from lorax.bench.flops import lora_products
 from lorax.bench.peft_worker import memory, reset_peak, serve
 
 
-class Side:
-    """One model, and the compiled programs that were asked for, by name."""
+class Side(side.Side):
+    """The steps and forwards of one model."""
 
     def __init__(self) -> None:
-        self.model: Any = None
+        super().__init__()
         self.batch: dict[str, Any] = {}
-        self.programs: dict[str, Callable[[], Any]] = {}
-
-    def save(self, base: str, folder: str) -> dict[str, Any]:
-        """Write a base as a Hugging Face directory, the one that both sides read."""
-        from lorax.models import load, save_hf
-
-        model = load(base)
-        save_hf(folder, model, model.params)
-        return {"vocab": model.config.vocab_size}
 
     def load(self, base: str, threads: int, batch: int, length: int, seed: int) -> dict[str, Any]:
         """Read the base and touch all of it; draw the batch: every token but the last of a row has a target."""
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        ids = self.read(base, threads, batch, length, seed)
         import jax
         import jax.numpy as jnp
         import numpy as np
 
-        from lorax.models import load
-
-        self.model = load(base)
-        ids = np.random.default_rng(seed).integers(0, self.model.config.vocab_size, (batch, length)).astype(np.int32)
         weights = np.ones((batch, length), np.float32)
         weights[:, -1] = 0.0
         self.batch = {
@@ -52,7 +39,7 @@ class Side:
         leaves = jax.tree.leaves(self.model.params)
         total = sum(float(np.asarray(x).sum(dtype=np.float64)) for x in leaves)
         sizes = {"weights": sum(x.size for x in leaves), "bytes": sum(x.nbytes for x in leaves)}
-        return {"sum": total, **sizes, "threads": len(os.sched_getaffinity(0)), **memory()}
+        return {"sum": total, **sizes, **self.about()}
 
     def prepare(self, what: str, rank: int, alpha: float, lr: float) -> dict[str, Any]:
         """Compile a program and run it once."""
@@ -62,9 +49,8 @@ class Side:
 
     def run(self, what: str) -> dict[str, Any]:
         """One run of a program."""
-        begin = time.perf_counter()
-        value = float(self.programs[what]())
-        return {"seconds": time.perf_counter() - begin, "loss": value}
+        seconds, value = self.timed(what)
+        return {"seconds": seconds, "loss": float(value)}
 
     def rates(self, batch: int, length: int, rank: int, least: float) -> dict[str, Any]:
         """Seconds that the products of a LoRA step take one by one, and the rate of the fastest kind.

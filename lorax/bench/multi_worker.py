@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
-from lorax.bench.peft_worker import memory, serve
+from lorax.bench import side
+from lorax.bench.peft_worker import serve
 
 # Adapters take these ranks in turn.
 RANKS = (4, 8, 16, 32, 64)
@@ -15,35 +16,19 @@ RANKS = (4, 8, 16, 32, 64)
 FEW_TARGETS = ("*/q_proj/kernel", "*/v_proj/kernel")
 
 
-class Side:
-    """The model, and programs by name."""
+class Side(side.Side):
+    """Forwards over banks, and training runs."""
 
     def __init__(self) -> None:
-        self.model: Any = None
+        super().__init__()
         self.ids: Any = None
-        self.settings: dict[str, Any] = {}
-        self.programs: dict[str, Callable[[], Any]] = {}
-
-    def save(self, base: str, folder: str) -> dict[str, Any]:
-        """Write a base as a Hugging Face directory, the one that both sides read."""
-        from lorax.models import load, save_hf
-
-        model = load(base)
-        save_hf(folder, model, model.params)
-        return {"vocab": model.config.vocab_size}
 
     def load(self, base: str, threads: int, batch: int, length: int, seed: int) -> dict[str, Any]:
         """Read the base and draw the batch."""
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         import jax.numpy as jnp
-        import numpy as np
 
-        from lorax.models import load
-
-        self.model = load(base)
-        ids = np.random.default_rng(seed).integers(0, self.model.config.vocab_size, (batch, length))
-        self.ids = jnp.asarray(ids, jnp.int32)
-        return {"threads": len(os.sched_getaffinity(0)), **memory()}
+        self.ids = jnp.asarray(self.read(base, threads, batch, length, seed))
+        return self.about()
 
     def prepare(self, what: str, adapters: int = 0, targets: str = "all") -> dict[str, Any]:
         """Compile a forward (of the base alone, or of a bank) and run it once."""
@@ -72,16 +57,8 @@ class Side:
 
     def run(self, what: str) -> dict[str, Any]:
         """One forward."""
-        import jax
-
-        begin = time.perf_counter()
-        out = jax.block_until_ready(self.programs[what]())
-        return {"seconds": time.perf_counter() - begin, "check": float(out[0, -1, :8].sum())}
-
-    def forget(self, what: str) -> dict[str, Any]:
-        """Give back a program's memory."""
-        self.programs.pop(what, None)
-        return memory()
+        seconds, out = self.timed(what)
+        return {"seconds": seconds, "check": float(out[0, -1, :8].sum())}
 
     def _adapters(self, count: int, targets: str) -> dict[str, Any]:
         """Adapters with non-zero B, under as many names as are asked for; of a large bank many are alike."""
@@ -114,10 +91,12 @@ class Side:
         tx = lorax.bank_optimizer(optax.adam, params, 1e-4)
         step = jax.jit(lorax.bank_step(self._loss, tx), donate_argnums=1)
         state, losses = tx.init(params), None
+        clock = Clock(begin)
         for _ in range(steps):
             params, state, losses = step(params, state, chosen, data)
+            clock.step(losses)
         values = [float(x) for x in losses] if losses is not None else []
-        return {"seconds": time.perf_counter() - begin, "losses": values}
+        return {**clock.said(), "losses": values}
 
     def alone(self, which: int, adapters: int, examples: int, length: int, steps: int, seed: int) -> dict[str, Any]:
         """Train one of them in a run of its own, compile time included."""
@@ -146,9 +125,11 @@ class Side:
 
         compiled, state, value = jax.jit(step, donate_argnums=(0, 1)), tx.init(trained), None
         trained = jax.tree.map(lambda x: x.copy(), trained)
+        clock = Clock(begin)
         for _ in range(steps):
             trained, state, value = compiled(trained, state, frozen, data)
-        return {"seconds": time.perf_counter() - begin, "loss": float(value) if value is not None else None}
+            clock.step(value)
+        return {**clock.said(), "loss": float(value) if value is not None else None}
 
     def _data(self, adapters: int, examples: int, length: int, seed: int) -> Any:
         import jax.numpy as jnp
@@ -168,6 +149,25 @@ class Side:
         logits = lorax.lift(self.model.apply)(params, row[None])[0]
         each = optax.losses.softmax_cross_entropy_with_integer_labels(logits[:-1], row[1:])
         return jnp.sum(each), jnp.float32(each.shape[0])
+
+
+class Clock:
+    """Times of a training run: all of it, the first step with what came before it (compiling), a later step."""
+
+    def __init__(self, begin: float) -> None:
+        self.times = [begin]
+
+    def step(self, value: Any) -> None:
+        """A step is done once its value is there."""
+        import jax
+
+        jax.block_until_ready(value)
+        self.times.append(time.perf_counter())
+
+    def said(self) -> dict[str, float]:
+        """`seconds` of the run, of its `first` step and, as a median, of a later `step` (the first, if it is alone)."""
+        each = [after - before for before, after in pairwise(self.times)]
+        return {"seconds": self.times[-1] - self.times[0], "first": each[0], "step": median(each[1:] or each)}
 
 
 def choice(row: int, rows: int, adapters: int) -> int:

@@ -6,6 +6,7 @@ Run by a Python that has torch, transformers and peft; it knows nothing of lorax
 import os
 import sys
 import time
+from itertools import pairwise
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
@@ -67,7 +68,7 @@ class Side:
         data = numpy.random.default_rng(seed).integers(0, self.vocab, shape)[which]
         ids = self.torch.tensor(data, dtype=self.torch.long)
         model = self.peft.get_peft_model(self.read(), self.config(RANKS[which % len(RANKS)])).train()
-        begin = time.perf_counter()
+        times = [time.perf_counter()]
         optimizer = self.torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         value = None
         for _ in range(steps):
@@ -76,7 +77,10 @@ class Side:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             value = float(loss.detach())
-        return {"seconds": time.perf_counter() - begin, "loss": value}
+            times.append(time.perf_counter())
+        each = sorted(after - before for before, after in pairwise(times[1:])) or [times[-1] - times[0]]
+        whole = {"seconds": times[-1] - times[0], "first": times[1] - times[0], "step": each[len(each) // 2]}
+        return {**whole, "loss": value}
 
 
 if __name__ == "__main__":
