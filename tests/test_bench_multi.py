@@ -25,7 +25,7 @@ def test_a_run_without_a_peer(tmp_path):
     first, second = (run(replace(config, parts=parts)) for parts in (forwards, training))
     result = merged(first, second)
     assert result["config"]["parts"] == [*forwards, *training]
-    with pytest.raises(LoraxError, match="steps=3"):
+    with pytest.raises(LoraxError, match="steps=2, and this one has 3"):
         merged(first, {**second, "config": {**second["config"], "steps": 3}})
     together, alone = (result["training"][f"lorax: {name}"] for name in ("together", "one after another"))
     assert together["seconds"] >= together["first"] >= together["step"]
@@ -74,5 +74,7 @@ def test_settings():
         run(MultiConfig(adapters=0))
     with pytest.raises(LoraxError, match="multiple of 5"):
         run(MultiConfig(large=7))
-    args = Args("multi", BenchConfig(rounds=2, peer_python="python", batch_size=4), Knobs(large=50, parts=("banks",)))
+    args = Args(
+        "multi", BenchConfig(rounds=2, peer_python="python", batch_size=4), multi=Knobs(large=50, parts=("banks",))
+    )
     assert args._multi() == MultiConfig(rounds=2, peer_python="python", batch_size=4, large=50, parts=("banks",))
