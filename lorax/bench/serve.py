@@ -157,15 +157,16 @@ def _together(
             versions |= loaded["versions"]
             batch = full_batch(config.tenants, config.batch, config.prompt, config.answer, config.seed, vocab)
             peers = {"prompts": [a.prompt for a in batch], "adapters": config.tenants, "answer": config.answer}
-        # The first turn of each brings its adapters into the pool, and is not counted.
+        # The first turn of each brings its adapters into the pool, or warms torch up, and is not counted.
         for turn in range(config.rounds + 1):
             for name, adapters, targets in turns:
                 found = side.ask(op="together", adapters=adapters, targets=targets, **shape)
                 if turn:
                     out.setdefault(name, []).append(found)
-            if peer is not None and turn:
+            if peer is not None:
                 found = peer.ask(op="together", **peers)
-                out.setdefault("PEFT", []).append({k: v for k, v in found.items() if k != "tokens"})
+                if turn:
+                    out.setdefault("PEFT", []).append({k: v for k, v in found.items() if k != "tokens"})
     return {name: _middle(rows) for name, rows in out.items()}
 
 
