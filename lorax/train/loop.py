@@ -79,7 +79,7 @@ def fit(
     for number in range(int(state.step) + 1, steps + 1):
         began = time.perf_counter()
         batch = place(stacked([next(batches) for _ in range(accumulate)]))
-        shape = batch["targets"].shape
+        shape = batch["weights"].shape
         state, metrics = step(state, frozen, batch)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -104,7 +104,7 @@ def stacked(batches: list[Batch]) -> Batch:
 
     Zero is padding in every field: token 0 in segment 0 with weight 0.
     """
-    width = max(batch["targets"].shape[1] for batch in batches)
+    width = max(batch["weights"].shape[1] for batch in batches)
 
     def wide(x):
         return np.pad(x, [(0, 0), (0, width - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
