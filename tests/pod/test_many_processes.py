@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(pod, tmp_path):
     for more, part in (
         (["--processes", "2", "--process-id", "0"], "give the coordinator"),
         (["--coordinator", "127.0.0.1:1", "--processes", "2", "--process-id", "2"], "numbered from 0 to 1"),
-        (["--mesh", "data=3"], "has 1"),
+        (["--mesh", "data=3"], "this machine has"),
     ):
         done = subprocess.run([*words, *more], env=pod.environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2, done.stderr
