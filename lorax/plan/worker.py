@@ -57,10 +57,10 @@ def compile_job(request: dict[str, Any]) -> dict[str, Any]:
     from lorax.plan.target import parse_target
     from lorax_kernels import target as traced_for
 
-    config = dict(request["base"])
+    # JSON has lists where a configuration has tuples.
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in request["base"].items()}
     if config["rope_scaling"]:
         config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
-    config["eos_ids"] = tuple(config["eos_ids"])
     where = parse_target(request["target"])
     others = {key: value for key, value in request.items() if key not in ("base", "target", "targets", "hlo")}
     job = Job(ModelConfig(**config), target=where, targets=tuple(request["targets"]), **others)
