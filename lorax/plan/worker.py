@@ -58,7 +58,9 @@ def compile_job(request: dict[str, Any]) -> dict[str, Any]:
     from lorax_kernels import target as traced_for
 
     # JSON has lists where a configuration has tuples.
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in request["base"].items()}
+    config: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in request["base"].items()
+    }
     if config["rope_scaling"]:
         config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
     where = parse_target(request["target"])
